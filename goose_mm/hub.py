@@ -1,0 +1,112 @@
+"""Where models come from: shipped names, folders, official checkpoints, the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from goose_mm import checkpoint
+from goose_mm.config import AudioModel, ModelConfig, TextModel, VisionModel
+from goose_mm.text.model import RWKV7LM
+from goose_mm.text.tokenizer import load_tokenizer
+
+
+def shipped() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(p.parent.name for p in _pretrained().glob("*/config.json"))
+
+
+def _pretrained() -> Path:
+    return Path(str(resources.files("goose_mm") / "pretrained"))
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """A freshly initialised model of a configuration, without a tokenizer."""
+    if isinstance(config, AudioModel):
+        from goose_mm.audio.model import AudioRWKV7
+
+        return AudioRWKV7(config)
+    if isinstance(config, VisionModel):
+        from goose_mm.vision.model import VisualRWKV7
+
+        return VisualRWKV7(config)
+    return RWKV7LM(config)
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a model in evaluation mode, in fp32 on the CPU unless told otherwise.
+
+    `name_or_path` is a shipped name (goose-tiny-text, goose-tiny-vision, goose-tiny-audio), a
+    folder of ours or in fla/HF layout, an official RWKV-7 `.pth`, or a hub id `owner/name`.
+    FileNotFoundError or ValueError, in one line, when the source is missing or broken.
+    """
+    path = locate(name_or_path)
+    if (path / "config.json").is_file() and checkpoint.is_ours(path):
+        config, tensors = checkpoint.load_model_files(path)
+    else:
+        config, tensors = checkpoint.to_goose(checkpoint.read_tensors(path))
+    if isinstance(config, TextModel):  # nothing to initialise, everything is loaded
+        with torch.device("meta"):
+            model = build_model(config)
+        model.to_empty(device="cpu")
+    else:
+        model = build_model(config)
+    fill(model, tensors, str(path))
+    if not isinstance(config, AudioModel):
+        language_model = model if isinstance(config, TextModel) else model.lm
+        language_model.tokenizer = load_tokenizer(config.text, path if path.is_dir() else None)
+    return model.eval().to(device=device or "cpu", dtype=dtype or torch.float32)
+
+
+def fill(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Load every tensor of a model; ValueError names what is missing, left over or misshapen."""
+    wanted = model.state_dict()
+    missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
+    if missing or unknown:
+        raise ValueError(
+            f"{source} does not fit its configuration: {len(missing)} tensors missing "
+            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(
+                f"{source}: {name} is {list(tensor.shape)}, the configuration says "
+                f"{list(wanted[name].shape)}"
+            )
+    model.load_state_dict(tensors)
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> Path:
+    """The local path of a model; hub ids are downloaded (or found in the hub's cache)."""
+    name = os.fspath(name_or_path)
+    if name in shipped():
+        return _pretrained() / name
+    path = Path(name)
+    if path.exists():
+        return path
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.suffix:
+        return _download(name)
+    raise FileNotFoundError(
+        f"no model {name!r}: not a file or folder, and not one of {', '.join(shipped())}"
+    )
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub raises many kinds: no network, no such repository
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(
+            f"no folder {repository!r} here, and the hub did not give it: {reason}"
+        ) from None

@@ -1,0 +1,72 @@
+"""WKV-7 as its definition: a loop over time, and what direction and packing mean on top of it.
+
+Every other kernel is held against this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
+
+
+def reference(
+    r: Float[Tensor, "B T H N"],
+    log_w: Float[Tensor, "B T H N"],
+    k: Float[Tensor, "B T H N"],
+    v: Float[Tensor, "B T H N"],
+    kappa: Float[Tensor, "B T H N"],
+    a: Float[Tensor, "B T H N"],
+    state: Float[Tensor, "B H N N"] | None = None,
+) -> tuple[Float[Tensor, "B T H N"], Float[Tensor, "B H N N"]]:
+    """`S <- S diag(exp(log_w)) - (S kappa)(kappa * a)^T + v k^T`, then `y = S r`.
+
+    Works in the dtype of its inputs and is differentiable any number of times. `S` has value rows
+    and key columns (RWKV-7 "Goose", arXiv:2503.14456, section 4).
+    """
+    S = torch.zeros_like(r[:, 0]).diag_embed() if state is None else state
+    w, erased = log_w.exp(), kappa * a
+    y = []
+    for t in range(r.shape[1]):
+        found = S @ kappa[:, t, ..., None]  # what the state holds under kappa
+        written = v[:, t, ..., None] * k[:, t, :, None]
+        S = S * w[:, t, :, None] - found * erased[:, t, :, None] + written
+        y.append((S @ r[:, t, ..., None]).squeeze(-1))
+    return torch.stack(y, 1), S
+
+
+def compose(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Sequence[Float[Tensor, "B T H N"]],
+    state: Float[Tensor, "D S H N N"] | None,
+    offsets: Sequence[int] | None,
+    reverse: Sequence[bool],
+) -> tuple[Float[Tensor, "D B T H N"], Float[Tensor, "D S H N N"]]:
+    """Packed sequences and directions in terms of `scan`, a function like `reference`.
+
+    A packed sequence is scanned alone; backward is forward on flipped inputs, flipped back.
+    """
+    _, T, H, N = inputs[0].shape
+    pieces = [(slice(None), 0, T)]
+    if offsets is not None:
+        pieces = [(slice(i, i + 1), *bounds) for i, bounds in enumerate(pairwise(offsets))]
+    ys, states = [], []
+    for d, backwards in enumerate(reverse):
+        for rows, start, stop in pieces:
+            first = None if state is None else state[d, rows]
+            if start == stop:
+                last = inputs[0].new_zeros(1, H, N, N) if first is None else first
+            else:
+                piece = [
+                    x[:, start:stop].flip(1) if backwards else x[:, start:stop] for x in inputs
+                ]
+                y, last = scan(*piece, first)
+                ys.append(y.flip(1) if backwards else y)
+            states.append(last)
+    y = torch.cat(ys, 1).unflatten(1, (len(reverse), T)).transpose(0, 1)
+    return y, torch.cat(states).unflatten(0, (len(reverse), -1))

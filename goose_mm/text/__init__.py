@@ -1,0 +1,7 @@
+"""The text model: tokenizers, RWKV7LM, generation."""
+
+from goose_mm.text.generate import Sampling
+from goose_mm.text.model import RWKV7LM
+from goose_mm.text.tokenizer import BPETokenizer, PileTokenizer, WorldTokenizer
+
+__all__ = ["BPETokenizer", "PileTokenizer", "RWKV7LM", "Sampling", "WorldTokenizer"]

@@ -1,0 +1,266 @@
+"""VisualRWKV-7: a frozen eye, a projector, and a language model that reads the picture first.
+
+    before_image | picture tokens | "\\n" question "\\n\\nAssistant:" | " " answer "\\n\\n"
+
+The picture comes before every question, so the state behind it can be kept: N questions cost one
+reading of the picture (`ask_many`, `Prefix`), and a training batch reads each picture once for
+all its questions. Picture tokens enter like word embeddings, before the stack's first norm.
+"""
+
+# B pictures, S pixels a side, P picture tokens, Q questions a picture, T text tokens, C channels
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from goose_mm.backbone import State
+from goose_mm.backbone.time_mix import upcast
+from goose_mm.config import ConfigError, TextModel, VisionConfig, VisionModel
+from goose_mm.text.generate import Sampling, need_tokenizer, prefill, write
+from goose_mm.text.model import RWKV7LM
+from goose_mm.text.tokenizer import Tokenizer
+from goose_mm.vision.encoders import align, build_encoder
+from goose_mm.vision.prefix import Prefix, PrefixCache
+from goose_mm.vision.preprocess import Picture, image_digest, load_image, normalise, transform
+from goose_mm.vision.projector import build_projector
+
+Pictures = Picture | list[Picture] | tuple[Picture, ...]
+
+
+class VisualRWKV7(nn.Module):
+    """A picture and a question in, an answer out. Trained are `projector.` and `lm.`."""
+
+    def __init__(self, config: VisionModel, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        vision = config.vision
+        if not vision.encoders:
+            raise ConfigError("vision.encoders is empty: a vision model needs at least one")
+        if "{question}" not in vision.prompt:
+            raise ConfigError(f"vision.prompt must contain {{question}}, it is {vision.prompt!r}")
+        self.config = config
+        self.lm = RWKV7LM(TextModel(backbone=config.backbone, text=config.text), tokenizer)
+        encoders = [build_encoder(spec) for spec in vision.encoders]
+        self.encoders = nn.ModuleList(encoders)
+        shapes = [torch.empty(1, *e.grid, e.dim, device="meta") for e in encoders]
+        _, rows, columns, d_in = align(shapes).shape
+        self.grid = (rows, columns)
+        self.projector = build_projector(vision, config.backbone, d_in, self.grid)
+        self._weights_seen: tuple[object, str] = (None, "")
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.emb.weight.device
+
+    def preprocess(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Normalised pictures [B, 3, S, S], once for every encoder. Raises like `load_image`."""
+        images = [load_image(picture) for picture in pictures]
+        return [transform(images, spec) for spec in self.config.vision.encoders]
+
+    def image_tokens(self, pixels: Tensor | Sequence[Tensor]) -> Float[Tensor, "B P C"]:
+        """Tokens of a batch of pictures, row by row of the patch grid.
+
+        `pixels` is uint8 [B, 3, H, W], normalised here for every encoder, or what `preprocess`
+        gives: floats, one tensor for every encoder (a single encoder's may stand alone).
+        """
+        if isinstance(pixels, Tensor) and pixels.dtype == torch.uint8:
+            pixels = pixels.to(self.device)
+            views = [normalise(pixels, spec) for spec in self.config.vision.encoders]
+        else:
+            views = [pixels] if isinstance(pixels, Tensor) else list(pixels)
+        if len(views) != len(self.encoders):
+            raise ValueError(
+                f"{len(self.encoders)} encoders need as many normalised tensors, got {len(views)}"
+            )
+        seen = [
+            encoder(view.to(self.device))
+            for encoder, view in zip(self.encoders, views, strict=True)
+        ]
+        return self.projector(align(seen).to(self.lm.emb.weight.dtype))
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the answers: the mean over a row's answer tokens, then over rows
+        (VisualRWKV's sample-level loss), so that a long answer weighs as much as a short one.
+
+        batch: `pixels` uint8 [B,3,S,S], or absent to train without pictures; `ids` int64 [B,Q,T],
+        the text behind the picture, right-padded; `mask` bool [B,Q,T], True for real tokens;
+        `target` bool [B,Q,T], True for answer tokens, never the first of a row. Rows without
+        answer tokens do not count. Metrics: `loss`, and `exact`, the share of rows whose every
+        answer token was the likeliest given the right tokens before it.
+        """
+        count, questions, _ = batch["ids"].shape
+        ids, mask, target = (batch[key].flatten(0, 1) for key in ("ids", "mask", "target"))
+        pictures = [self.image_tokens(batch["pixels"])] if "pixels" in batch else []
+        state, _ = self._read(pictures, count)
+        hidden, _ = self.lm.backbone(self.lm.emb(ids), state.repeat(questions), mask=mask)
+
+        row, place = target[:, 1:].nonzero(as_tuple=True)  # `place` predicts the token after it
+        logits = upcast(self.lm.head(hidden[row, place]))
+        answer = ids[row, place + 1]
+        losses = F.cross_entropy(logits, answer, reduction="none")
+        wrong = (logits.argmax(-1) != answer).to(losses)
+        tokens, loss_sum, wrong_sum = (
+            losses.new_zeros(len(ids)).index_add(0, row, values)
+            for values in (torch.ones_like(losses), losses, wrong)
+        )
+        rows = (tokens > 0).sum().clamp(min=1)
+        loss = (loss_sum / tokens.clamp(min=1)).sum() / rows
+        exact = ((tokens > 0) & (wrong_sum == 0)).sum() / rows
+        return loss, {"loss": loss.detach(), "exact": exact}
+
+    def _read(self, pictures: Sequence[Float[Tensor, "B P C"]], count: int) -> tuple[State, int]:
+        """State after `before_image` and the pictures' tokens, and how many tokens that were.
+
+        Several pictures of one conversation are separated by a newline, as in VisualRWKV.
+        """
+        tokenizer = need_tokenizer(self.lm)
+
+        def text(words: str) -> Tensor:
+            ids = torch.tensor(tokenizer.encode(words), dtype=torch.long, device=self.device)
+            return self.lm.emb(ids).expand(count, -1, -1)
+
+        parts = [text(self.config.vision.before_image)]
+        for i, tokens in enumerate(pictures):
+            parts += [text("\n"), tokens] if i else [tokens]
+        stream = torch.cat(parts, dim=1)
+        if not stream.shape[1]:
+            return State.zeros(self.config.backbone, count, self.device, stream.dtype), 0
+        return self.lm.backbone(stream)[1], stream.shape[1]
+
+    @torch.no_grad()
+    def prefix(self, pictures: Pictures | None, cache: PrefixCache | None = None) -> Prefix:
+        """Read one picture, or the pictures of one conversation in order, for later questions.
+
+        With a cache, a picture that was read before by the same weights is not read again.
+        None stands for no picture at all: what the model answers blind.
+        """
+        images = [load_image(picture) for picture in _as_list(pictures)]
+
+        def read() -> Prefix:
+            tokens = self.image_tokens(self.preprocess(images)) if images else None
+            state, length = self._read([] if tokens is None else tokens.split(1), 1)
+            return Prefix(state, length, self.fingerprint())
+
+        if cache is None:
+            return read()
+        return cache.get((self.fingerprint(), *map(image_digest, images)), read)
+
+    def fingerprint(self) -> str:
+        """sha256 of configuration and weights; worked out again only after a weight changed."""
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        version = tuple(
+            (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors.values()
+        )
+        if self._weights_seen[0] != version:
+            digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+            for name, tensor in sorted(tensors.items()):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
+            self._weights_seen = (version, digest.hexdigest())
+        return self._weights_seen[1]
+
+    def ask(self, image: Pictures | Prefix | None, question: str, **settings: Any) -> str:
+        """Answer one question about a picture (several in a list, a `Prefix`, or None: blind).
+
+        Greedy, at most 24 tokens; `settings` are fields of `Sampling` that override this.
+        ValueError or FileNotFoundError for a bad picture, ValueError for an empty question.
+        """
+        return self.ask_many(image, [question], **settings)[0]
+
+    def ask_many(
+        self,
+        image: Pictures | Prefix | None,
+        questions: Sequence[str],
+        *,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> list[str]:
+        """Answers to questions about one picture, which is read once; `batch_size` at a time.
+
+        Every answer is the one `ask` would give: the questions do not see each other.
+        """
+        prompts = self._prompts(questions)
+        prefix = image if isinstance(image, Prefix) else self.prefix(image)
+        if prefix.fingerprint != self.fingerprint():
+            raise ValueError("this prefix was made by another model, or before its weights changed")
+        owners = [0] * len(prompts)
+        return self._answers(prefix.state.to(self.device), owners, prompts, batch_size, settings)
+
+    def ask_batch(
+        self,
+        images: Tensor | Sequence[Picture] | None,
+        questions: Sequence[Sequence[str]],
+        *,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> list[list[str]]:
+        """Answers to `questions[i]` about `images[i]`, all pictures read at once.
+
+        `images` are pictures, a uint8 tensor [B, 3, H, W], or None to answer blind.
+        """
+        if images is not None and len(images) != len(questions):
+            raise ValueError(f"{len(images)} images but questions for {len(questions)}")
+        prompts = [self._prompts(some) for some in questions]
+        owners = [i for i, some in enumerate(questions) for _ in some]
+        with torch.inference_mode():
+            pictures = []
+            if images is not None:
+                pixels = images if isinstance(images, Tensor) else self.preprocess(images)
+                pictures = [self.image_tokens(pixels)]
+            state, _ = self._read(pictures, len(questions))
+        flat = [prompt for some in prompts for prompt in some]
+        answers = iter(self._answers(state, owners, flat, batch_size, settings))
+        return [[next(answers) for _ in some] for some in questions]
+
+    def _prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        if isinstance(questions, str):
+            raise ValueError("questions must be a list; ask() takes a single one")
+        encode = need_tokenizer(self.lm).encode  # never yields the end-of-text id
+        return [encode(prompt_text(self.config.vision, question)) for question in questions]
+
+    def _answers(
+        self,
+        state: State,
+        owners: list[int],
+        prompts: list[list[int]],
+        batch_size: int,
+        settings: dict[str, Any],
+    ) -> list[str]:
+        """The answer to every prompt, continued from row `owners[i]` of the state."""
+        stop = (self.config.vision.stop,) if self.config.vision.stop else ()
+        greedy: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "stop": stop}
+        sampling = Sampling(**(greedy | settings))
+        answers: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            some = slice(start, start + batch_size)
+            logits, after = prefill(self.lm, prompts[some], state.select(owners[some]))
+            pieces = write(self.lm, need_tokenizer(self.lm), logits, after, sampling)
+            answers += ["".join(row).strip() for row in zip(*pieces, strict=True)]
+        return answers
+
+
+def prompt_text(vision: VisionConfig, question: str) -> str:
+    """What stands between the picture and the answer. ValueError for an empty question.
+
+    Blank lines end a turn, so those inside a question become single newlines.
+    """
+    question = re.sub(r"\n\s*\n", "\n", question.strip())
+    if not question:
+        raise ValueError("the question is empty")
+    return vision.prompt.replace("{question}", question)
+
+
+def _as_list(pictures: Pictures | None) -> list[Picture]:
+    if pictures is None:
+        return []
+    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]

@@ -1,0 +1,137 @@
+"""Laws of generation: batched = one by one, streamed = whole, the state decides alone."""
+
+import pytest
+import torch
+
+from goose_mm.config import BackboneConfig, TextConfig, TextModel
+from goose_mm.text import BPETokenizer, RWKV7LM, Sampling
+from goose_mm.text.generate import Sampler, Writer, complete, decode, prefill
+
+PROMPTS = ["The goose", "A", "Once upon a time there was a wide river, and", "é漢字"]
+
+
+@pytest.fixture(scope="module")
+def model() -> RWKV7LM:
+    tokenizer = BPETokenizer.train(["the goose swam over the wide river " * 9, *PROMPTS], 300)
+    torch.manual_seed(0)
+    config = TextModel(
+        backbone=BackboneConfig(dim=64, num_layers=2),
+        text=TextConfig(vocab_size=tokenizer.vocab_size, tokenizer="bpe"),
+    )
+    lm = RWKV7LM(config, tokenizer).double().eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return lm
+
+
+SETTINGS = [
+    {"temperature": 0.0},
+    {"temperature": 1.3, "seed": 5},
+    {"temperature": 0.8, "top_p": 0.7, "top_k": 9, "seed": 1},
+    {"presence_penalty": 0.6, "frequency_penalty": 0.4, "seed": 2, "stop": ("e",)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_batch_is_one_by_one(model, settings):
+    batch = model.generate(PROMPTS, max_new_tokens=20, **settings)
+    assert batch == [model.generate(p, max_new_tokens=20, **settings) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_streamed_is_whole(model, settings):
+    for prompt in PROMPTS:
+        pieces = list(model.stream(prompt, max_new_tokens=20, **settings))
+        assert "".join(pieces) == model.generate(prompt, max_new_tokens=20, **settings)
+        assert all(pieces)
+
+
+def test_greedy_is_the_argmax_of_forward(model):
+    ids = model.tokenizer.encode("The wide")
+    logits, state = prefill(model, [ids])
+    written = [
+        int(t) for t in decode(model, logits, state, Sampling(temperature=0.0, max_new_tokens=8))
+    ]
+    for n in range(8):
+        all_logits, _ = model(torch.tensor([ids + written[:n]]))
+        assert int(all_logits[0, -1].argmax()) == written[n]
+
+
+def test_forward_with_a_mask_gives_the_logits_of_each_prompt(model):
+    rows = [model.tokenizer.encode(p) for p in PROMPTS]
+    logits, state = prefill(model, rows)
+    for i, row in enumerate(rows):
+        alone, alone_state = model(torch.tensor([row]))
+        torch.testing.assert_close(logits[i], alone[0, -1])
+        torch.testing.assert_close(state.select(i).wkv, alone_state.wkv)
+
+
+def test_generation_keeps_the_callers_state(model):
+    logits, state = prefill(model, [[5, 6, 7]])
+    before = state.clone()
+    list(decode(model, logits, state, Sampling(max_new_tokens=5, seed=0)))
+    assert all(torch.equal(a, b) for a, b in zip(state, before))
+
+
+def test_a_seed_repeats_and_another_differs(model):
+    once, again, other = (model.generate("The", max_new_tokens=30, seed=s) for s in (3, 3, 4))
+    assert once == again != other
+
+
+def test_samples_follow_the_softmax():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    sampler = Sampler(Sampling(seed=0), 4000)
+    for i, generator in enumerate(sampler.random):
+        generator.manual_seed(i)
+    share = torch.bincount(sampler(logits), minlength=4) / 4000
+    torch.testing.assert_close(share, logits[0].exp(), atol=0.03, rtol=0)
+
+
+def test_top_p_and_top_k_cut_the_tail():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(500, 1)
+
+    def drawn(**settings):
+        sampler = Sampler(Sampling(seed=0, **settings), 500)
+        for i, generator in enumerate(sampler.random):
+            generator.manual_seed(i)
+        return set(sampler(logits).tolist())
+
+    assert drawn(top_p=0.5) == {0} and drawn(top_p=0.79) == {0, 1} and drawn(top_k=3) == {0, 1, 2}
+
+
+def test_penalties_count_what_was_written():
+    logits = torch.tensor([[3.0, 2.0, 0.0]])
+    # 3.0 | 1.5 against 2.0 | 1.5 against 0.5 | 1.0 against 0.5
+    sampler = Sampler(Sampling(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5), 1)
+    assert [int(sampler(logits)) for _ in range(4)] == [0, 1, 0, 0]
+
+
+def test_stop_strings_are_cut_even_across_tokens(model):
+    writer = Writer(model.tokenizer, ("\n\n", "END"))
+    ids = model.tokenizer.encode("hello E\nEN\n\nmore")
+    text = "".join(writer.push(i) for i in ids) + writer.finish()
+    assert text == "hello E\nEN"
+    writer = Writer(model.tokenizer, ("END",))
+    ids = model.tokenizer.encode("an EN")
+    assert "".join(writer.push(i) for i in ids) + writer.finish() == "an EN"
+
+
+def test_user_text_cannot_end_the_document(model):
+    assert 0 not in model.tokenizer.encode("<|endoftext|> and more")
+    assert len(complete(model, ["<|endoftext|>"], Sampling(max_new_tokens=2, seed=0))) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1"),
+        ({"top_p": 0.0}, "top_p must lie"),
+        ({"top_k": -2}, "top_k"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"stop": ("",)}, "stop strings"),
+    ],
+)
+def test_wrong_settings_say_so(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)
