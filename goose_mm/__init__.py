@@ -21,7 +21,7 @@ _HOME = {
     "load": "goose_mm.hub",
     "wkv7": "goose_mm.kernels",
 }
-__all__ = ["AudioRWKV7", "RWKV7LM", "VisualRWKV7", "__version__", "load", "wkv7"]
+__all__ = ["RWKV7LM", "AudioRWKV7", "VisualRWKV7", "__version__", "load", "wkv7"]
 
 
 def __getattr__(name: str) -> Any:

@@ -99,7 +99,7 @@ def chat(
     raw: bool = False,
     max_new_tokens: int = 200,
     temperature: float = 1.0,
-    top_p: float = 0.8,
+    top_p: float = 0.7,
     top_k: int = 0,
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,

@@ -40,27 +40,28 @@ class BackboneConfig:
     dropout: float = 0.0  # on both residual branches, in training only
 
     def __post_init__(self) -> None:
-        if self.dim % self.head_size:
+        if self.head_size < 1 or self.dim < 1 or self.dim % self.head_size:
             raise ConfigError(
                 f"backbone.dim={self.dim} must be a multiple of head_size={self.head_size}"
             )
         if self.num_layers < 1:
             raise ConfigError(f"backbone.num_layers must be at least 1, got {self.num_layers}")
+
+    def resolved(self) -> BackboneConfig:
+        """The same with every size written out."""
         root = self.dim**0.5
 
         def rank(value: float) -> int:
             return max(32, round(value / 32) * 32)
 
-        defaults = {
-            "ffn_dim": 4 * self.dim,
-            "decay_rank": rank(1.8 * root),
-            "a_rank": rank(1.8 * root),
-            "v_rank": rank(1.3 * root),
-            "gate_rank": rank(0.6 * self.dim**0.8),
-        }
-        for name, value in defaults.items():
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, value)
+        return dataclasses.replace(
+            self,
+            ffn_dim=self.ffn_dim or 4 * self.dim,
+            decay_rank=self.decay_rank or rank(1.8 * root),
+            a_rank=self.a_rank or rank(1.8 * root),
+            v_rank=self.v_rank or rank(1.3 * root),
+            gate_rank=self.gate_rank or rank(0.6 * self.dim**0.8),
+        )
 
     @property
     def num_heads(self) -> int:
@@ -255,7 +256,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(inner) != len(value):
             raise ConfigError(f"{where} must have {len(inner)} entries, got {len(value)}")
-        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value)))
+        return tuple(
+            _convert(h, v, f"{where}[{i}]")
+            for i, (h, v) in enumerate(zip(inner, value, strict=True))
+        )
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
@@ -270,7 +274,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain data of a configuration, with its model kind first."""
+    """Plain data of a configuration: its model kind first, and every size written out."""
+    config = dataclasses.replace(config, backbone=config.backbone.resolved())
     return {"model": config.model, **dataclasses.asdict(config)}
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,10 +51,7 @@ def load(
     FileNotFoundError or ValueError, in one line, when the source is missing or broken.
     """
     path = locate(name_or_path)
-    if (path / "config.json").is_file() and checkpoint.is_ours(path):
-        config, tensors = checkpoint.load_model_files(path)
-    else:
-        config, tensors = checkpoint.to_goose(checkpoint.read_tensors(path))
+    config, tensors = checkpoint.read_model(path)
     if isinstance(config, TextModel):  # nothing to initialise, everything is loaded
         with torch.device("meta"):
             model = build_model(config)
@@ -62,7 +60,7 @@ def load(
         model = build_model(config)
     fill(model, tensors, str(path))
     if not isinstance(config, AudioModel):
-        language_model = model if isinstance(config, TextModel) else model.lm
+        language_model: Any = model if isinstance(config, TextModel) else model.lm
         language_model.tokenizer = load_tokenizer(config.text, path if path.is_dir() else None)
     return model.eval().to(device=device or "cpu", dtype=dtype or torch.float32)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from goose_mm.config import BackboneConfig, TextConfig, TextModel
-from goose_mm.text import BPETokenizer, RWKV7LM, Sampling
+from goose_mm.text import RWKV7LM, BPETokenizer, Sampling
 from goose_mm.text.generate import Sampler, Writer, complete, decode, prefill
 
 PROMPTS = ["The goose", "A", "Once upon a time there was a wide river, and", "é漢字"]
@@ -71,7 +71,7 @@ def test_generation_keeps_the_callers_state(model):
     logits, state = prefill(model, [[5, 6, 7]])
     before = state.clone()
     list(decode(model, logits, state, Sampling(max_new_tokens=5, seed=0)))
-    assert all(torch.equal(a, b) for a, b in zip(state, before))
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
 def test_a_seed_repeats_and_another_differs(model):

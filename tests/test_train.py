@@ -18,9 +18,9 @@ from goose_mm.config import (
     TextData,
     TextRecipe,
     TrainConfig,
+    load_recipe,
     recipe_names,
 )
-from goose_mm.config import load_recipe
 from goose_mm.hub import build_model, load
 from goose_mm.text.model import max_logit_penalty
 from goose_mm.train.loop import train

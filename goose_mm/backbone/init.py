@@ -7,7 +7,7 @@ With l the layer, L the number of layers and n the channel: `depth` l/(L-1), `re
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def initialise(backbone: RWKV7) -> None:
     """Set every parameter of the stack; random ones draw from torch's default generator."""
-    for layer, block in enumerate(backbone.blocks):
+    blocks: Any = backbone.blocks
+    for layer, block in enumerate(blocks):
         for norm in (m for m in block.modules() if isinstance(m, nn.LayerNorm)):
             nn.init.ones_(norm.weight)
             nn.init.zeros_(norm.bias)
@@ -33,7 +34,7 @@ def _channels(dim: int) -> Tensor:
     return torch.arange(dim, dtype=torch.float32)
 
 
-def _time_mix(att: nn.Module, layer: int, layers: int) -> None:
+def _time_mix(att: Any, layer: int, layers: int) -> None:
     heads, size = att.r_k.shape
     dim = heads * size
     n = _channels(dim)
@@ -71,7 +72,7 @@ def _time_mix(att: nn.Module, layer: int, layers: int) -> None:
         att.gate_bias.zero_()
 
 
-def _channel_mix(ffn: nn.Module, layer: int, layers: int) -> None:
+def _channel_mix(ffn: Any, layer: int, layers: int) -> None:
     dim = ffn.x_k.shape[-1]
     ffn.x_k.copy_(1 - (_channels(dim) / dim) ** ((1 - layer / layers) ** 4))
     orthogonal(ffn.key.weight, 1.0)

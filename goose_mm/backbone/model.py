@@ -22,7 +22,7 @@ class RWKV7(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = config.resolved()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.ln_out = nn.LayerNorm(config.dim)
         initialise(self)
@@ -40,8 +40,8 @@ class RWKV7(nn.Module):
         """Run the stack.
 
         `mask` marks padding (False) anywhere in a row: it touches neither shift nor state, and
-        its own output means nothing. `cu_seqlens` packs S sequences into one row, state `[L,S,...]`.
-        `grid` is needed by `shift="conv"`.
+        its own output means nothing. `cu_seqlens` packs S sequences into one row, with states
+        `[L, S, ...]`. `grid` is needed by `shift="conv"`.
         """
         batch, length, dim = x.shape
         if dim != self.config.dim:
@@ -58,11 +58,11 @@ class RWKV7(nn.Module):
 
         after = []
         v_first = None
-        for block, layer_state in zip(self.blocks, zip(*before)):
+        for block, layer_state in zip(self.blocks, zip(*before, strict=True), strict=True):
             if self.config.bidirectional:
                 layer_state = (*layer_state[:2], None)
             x, v_first, layer_state = block(x, v_first, layer_state, stream, kernel)
             after.append(layer_state)
         if self.config.bidirectional:
             return self.ln_out(x), before
-        return self.ln_out(x), State(*(torch.stack(t) for t in zip(*after)))
+        return self.ln_out(x), State(*(torch.stack(t) for t in zip(*after, strict=True)))

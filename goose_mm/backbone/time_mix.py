@@ -28,19 +28,30 @@ def upcast(x: Tensor) -> Tensor:
 class TimeMix(nn.Module):
     """Attention's place in the block: six shifted inputs, four low-rank gates, one scan."""
 
+    w0: nn.Parameter
+    w1: nn.Parameter
+    w2: nn.Parameter
+    a0: nn.Parameter
+    a1: nn.Parameter
+    v1: nn.Parameter
+    g1: nn.Parameter
+    g2: nn.Parameter
+    k_k: nn.Parameter
+    k_a: nn.Parameter
+
     def __init__(self, config: BackboneConfig, layer: int) -> None:
         super().__init__()
         dim, heads, size = config.dim, config.num_heads, config.head_size
         self.heads, self.bidirectional = heads, config.bidirectional
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
-            setattr(self, name, nn.Parameter(torch.empty(1, 1, dim)))
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, dim)))
         ranks = {"w": config.decay_rank, "a": config.a_rank, "g": config.gate_rank}
         if layer > 0:  # layer 0 defines the value residual, the others mix towards it
             self.v0 = nn.Parameter(torch.empty(1, 1, dim))
             ranks["v"] = config.v_rank
         for name, rank in ranks.items():
-            setattr(self, f"{name}1", nn.Parameter(torch.empty(dim, rank)))
-            setattr(self, f"{name}2", nn.Parameter(torch.empty(rank, dim)))
+            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(dim, rank)))
+            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, dim)))
         self.r_k = nn.Parameter(torch.empty(heads, size))
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
@@ -68,8 +79,8 @@ class TimeMix(nn.Module):
 
         shifted, carried = self.shift(x, carried, stream)
         delta = shifted - x
-        x_r, x_w, x_k = (x + delta * mu for mu in (self.x_r, self.x_w, self.x_k))
-        x_v, x_a, x_g = (x + delta * mu for mu in (self.x_v, self.x_a, self.x_g))
+        mu = torch.stack((self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        x_r, x_w, x_k, x_v, x_a, x_g = (x + delta * mu).unbind()
 
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         decay = upcast(self.w0) + torch.tanh(x_w @ self.w1) @ self.w2

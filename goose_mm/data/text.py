@@ -50,7 +50,7 @@ class Books:
         if not self.held_out:
             return {}
         scores = [book_nats(model, self.tokenizer, text) for text in self.held_out.values()]
-        nats, size = (sum(column) for column in zip(*scores))
+        nats, size = (sum(column) for column in zip(*scores, strict=True))
         return {"bits_per_byte": nats / size / math.log(2)}
 
 
@@ -65,6 +65,12 @@ def book_nats(model: RWKV7LM, tokenizer: Tokenizer, text: str) -> tuple[float, i
         logits, state = model(stretch[None, :-1], state)
         nats += F.cross_entropy(logits[0].float(), stretch[1:], reduction="sum").item()
     return nats, len(text.encode())
+
+
+def book_bits(model: RWKV7LM, tokenizer: Tokenizer, text: str) -> float:
+    """Bits per byte of a text, read from its beginning."""
+    nats, size = book_nats(model, tokenizer, text)
+    return nats / size / math.log(2)
 
 
 def split(config: TextData) -> tuple[dict[str, str], dict[str, str]]:

@@ -32,7 +32,12 @@ Exam = Iterable[tuple[Image.Image, list[QA]]]
 
 EXAM_SCENES = 200
 BLIND_SCENES = 4000  # training scenes whose answers the blind baseline learns by heart
-NAMING = ("what", "relation", "at", "list")  # the answer is one of hundreds of names: these are never left out
+NAMING = (
+    "what",
+    "relation",
+    "at",
+    "list",
+)  # the answer is one of hundreds of names: these are never left out
 
 
 @runtime_checkable
@@ -181,7 +186,7 @@ class Scenes:
             for key, accuracy in _named(kind, evaluate_answers(model, self.exam(kind))).items()
         }
 
-    def baselines(self) -> dict[str, float]:
+    def baselines(self, number: int = EXAM_SCENES) -> dict[str, float]:
         """The question-only score under each key of `evaluate`."""
         rng = random.Random(f"blind {self.seed}")
         known = [garment_question(g.label, rng) for g in self.garments["train"]]
@@ -190,7 +195,7 @@ class Scenes:
             known += questions(scene, self.stickers.vocabulary, rng)
         scores: dict[str, float] = {}
         for kind in self.exams:
-            asked = [qa for _, qas in self._questions(kind, EXAM_SCENES, 0) for qa in qas]
+            asked = [qa for _, qas in self._questions(kind, number, 0) for qa in qas]
             scores |= _named(kind, blind_baseline(known, asked))
         return scores
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from goose_mm.kernels.reference import reference
+from goose_mm.kernels.reference import reference, work_dtype
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
 # in a span: C chunks of Q tokens, b rows, G = b * H, P = C * G; K states between spans
@@ -43,12 +43,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     return ""
 
 
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What states and sums are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def saved_states(tokens: int) -> int:
+def saved_states(tokens: int | torch.SymInt) -> int | torch.SymInt:
     """How many states between spans a backward pass over `tokens` may need."""
     return (tokens - 1) // SPAN
 
@@ -81,7 +76,8 @@ def forward(
                 if save and span.slot >= 0:
                     saved[d, span.slot, span.rows] = current
                 if span.tokens == 1:  # quicker as the recurrence itself
-                    out, current = reference(*(span.part(x).to(work) for x in inputs), current)
+                    token = [span.part(x).to(work) for x in inputs]
+                    out, current = reference(*token, state=current)
                 else:
                     tiles = [span.load(x, work) for x in inputs]
                     f = run(tiles, current, masks(span.chunk))

@@ -5,7 +5,7 @@ Every other kernel is held against this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -40,33 +40,35 @@ def reference(
     return torch.stack(y, 1), S
 
 
-def compose(
-    scan: Callable[..., tuple[Tensor, Tensor]],
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What every kernel keeps states and sums in, for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def by_definition(
     inputs: Sequence[Float[Tensor, "B T H N"]],
     state: Float[Tensor, "D S H N N"] | None,
     offsets: Sequence[int] | None,
     reverse: Sequence[bool],
 ) -> tuple[Float[Tensor, "D B T H N"], Float[Tensor, "D S H N N"]]:
-    """Packed sequences and directions in terms of `scan`, a function like `reference`.
+    """The whole operator: packed sequences are scanned one by one, backward is forward flipped.
 
-    A packed sequence is scanned alone; backward is forward on flipped inputs, flipped back.
+    One direction per entry of `reverse`; sequence i is `offsets[i]:offsets[i + 1]` along T.
     """
     _, T, H, N = inputs[0].shape
+    dtype = work_dtype(inputs[0].dtype)
     pieces = [(slice(None), 0, T)]
     if offsets is not None:
         pieces = [(slice(i, i + 1), *bounds) for i, bounds in enumerate(pairwise(offsets))]
     ys, states = [], []
     for d, backwards in enumerate(reverse):
-        for rows, start, stop in pieces:
-            first = None if state is None else state[d, rows]
-            if start == stop:
-                last = inputs[0].new_zeros(1, H, N, N) if first is None else first
-            else:
-                piece = [
-                    x[:, start:stop].flip(1) if backwards else x[:, start:stop] for x in inputs
-                ]
-                y, last = scan(*piece, first)
+        for sequences, start, stop in pieces:
+            last = None if state is None else state[d, sequences].to(dtype)
+            if start < stop:
+                piece = [x[:, start:stop].to(dtype) for x in inputs]
+                piece = [x.flip(1) for x in piece] if backwards else piece
+                y, last = reference(*piece, state=last)
                 ys.append(y.flip(1) if backwards else y)
-            states.append(last)
+            states.append(inputs[0].new_zeros(1, H, N, N, dtype=dtype) if last is None else last)
     y = torch.cat(ys, 1).unflatten(1, (len(reverse), T)).transpose(0, 1)
-    return y, torch.cat(states).unflatten(0, (len(reverse), -1))
+    return y.to(inputs[0].dtype), torch.cat(states).unflatten(0, (len(reverse), -1))

@@ -6,20 +6,21 @@ Every kernel is a module with `unavailable(device, dtype, head_size)`, `saved_st
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goose_mm.kernels import chunked
-from goose_mm.kernels.reference import compose, reference
+from goose_mm.kernels import chunked, triton
+from goose_mm.kernels.reference import by_definition, work_dtype
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences)
 
 Direction = Literal["forward", "backward", "both"]
 REVERSE = {"forward": (False,), "backward": (True,), "both": (False, True)}
-KERNELS = {"chunked": chunked}  # first choice first; "reference" stands for the definition itself
+# First choice first; "reference" stands for the definition itself.
+KERNELS = {"triton": triton, "chunked": chunked}
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
 
 
@@ -45,7 +46,7 @@ def wkv7(
     Args:
         r, k, v: receptance, key, value, `[B, T, H, N]`, T >= 1, any floating dtype.
         log_w: log of the decay, <= 0. RWKV-7 has `-exp(-0.5) * sigmoid(d)`, so above -0.6066; the
-            kernel "chunked" needs -2.75 or more and raises below.
+            kernel "chunked" takes -2.75 or more, "triton" -5: both raise below.
         kappa: removal key of unit norm. a: in-context learning rate in [0, 1], or up to 2.
         state: the state to start from, `[S, H, N, N]` with S = B; None means zeros. Never modified.
         cu_seqlens: offsets `[S + 1]` (int32 or int64, first 0, last T) of S sequences packed
@@ -70,7 +71,9 @@ def wkv7(
     inputs = (r, log_w, k, v, kappa, a)
     check(inputs, state, cu_seqlens, direction)
     if kernel == "reference":
-        y, last = differentiable(reference, inputs, state, cu_seqlens, direction)
+        with torch.autocast(r.device.type, enabled=False):
+            offsets = host_offsets(cu_seqlens, r.shape[1])
+            y, last = by_definition(inputs, state, offsets, REVERSE[direction])
     else:
         tensors = inputs if state is None else (*inputs, state)
         save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -137,8 +140,8 @@ def check(
             )
 
 
-def bounds(cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
-    """The offsets on the host, checked."""
+def host_offsets(cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
+    """The offsets on the host, checked. On CUDA this waits for the device."""
     if cu_seqlens is None:
         return None
     offsets = cu_seqlens.tolist()
@@ -147,28 +150,19 @@ def bounds(cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
     return offsets
 
 
-def differentiable(
-    scan,
-    inputs: tuple[Tensor, ...],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    direction: str,
-) -> tuple[Tensor, Tensor]:
-    """The op in PyTorch's own operations, with derivatives of any order."""
-    dtype = inputs[0].dtype
-    work = chunked.work_dtype(dtype)
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        y, last = compose(
-            scan,
-            [x.to(work) for x in inputs],
-            None if state is None else state.to(work),
-            bounds(cu_seqlens, inputs[0].shape[1]),
-            REVERSE[direction],
-        )
-    return y.to(dtype), last
+def kernel_offsets(kernel: str, cu_seqlens: Tensor | None, tokens: int) -> Any:
+    """The offsets as a kernel wants them: "triton" reads them on the device, and trusts them."""
+    return cu_seqlens if kernel == "triton" else host_offsets(cu_seqlens, tokens)
 
 
-@torch.library.custom_op("goose_mm::wkv7_forward", mutates_args=())
+INPUTS = ", ".join(f"Tensor {name}" for name in NAMES) + ", Tensor? state, Tensor? cu_seqlens"
+
+
+@torch.library.custom_op(
+    "goose_mm::wkv7_forward",
+    mutates_args=(),
+    schema=f"({INPUTS}, str direction, str kernel, bool save) -> (Tensor, Tensor, Tensor)",
+)
 def wkv7_forward(
     r: Tensor,
     log_w: Tensor,
@@ -183,7 +177,7 @@ def wkv7_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y `[D, B, T, H, N]`, last states `[D, S, H, N, N]`, saved states `[D, K, B, H, N, N]`."""
-    offsets = bounds(cu_seqlens, r.shape[1])
+    offsets = kernel_offsets(kernel, cu_seqlens, r.shape[1])
     with torch.autocast(r.device.type, enabled=False):
         inputs = (r, log_w, k, v, kappa, a)
         return KERNELS[kernel].forward(inputs, state, offsets, REVERSE[direction], save)
@@ -194,7 +188,7 @@ def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
     B, T, H, N = r.shape
     D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
     K = KERNELS[kernel].saved_states(T) if save else 0
-    work = chunked.work_dtype(r.dtype)
+    work = work_dtype(r.dtype)
     return (
         r.new_empty(D, B, T, H, N),
         r.new_empty(D, S, H, N, N, dtype=work),
@@ -202,7 +196,12 @@ def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
     )
 
 
-@torch.library.custom_op("goose_mm::wkv7_backward", mutates_args=())
+@torch.library.custom_op(
+    "goose_mm::wkv7_backward",
+    mutates_args=(),
+    schema=f"({INPUTS}, Tensor saved, Tensor? dy, Tensor? dlast, str direction, str kernel)"
+    " -> Tensor[]",
+)
 def wkv7_backward(
     r: Tensor,
     log_w: Tensor,
@@ -219,7 +218,7 @@ def wkv7_backward(
     kernel: str,
 ) -> list[Tensor]:
     """Gradients of the six inputs and of the initial states."""
-    offsets = bounds(cu_seqlens, r.shape[1])
+    offsets = kernel_offsets(kernel, cu_seqlens, r.shape[1])
     with torch.autocast(r.device.type, enabled=False):
         grads, first = KERNELS[kernel].backward(
             (r, log_w, k, v, kappa, a), state, offsets, REVERSE[direction], saved, dy, dlast
@@ -231,7 +230,7 @@ def wkv7_backward(
 def _(r, log_w, k, v, kappa, a, state, cu_seqlens, saved, dy, dlast, direction, kernel):
     B, _, H, N = r.shape
     D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
-    first = r.new_empty(D, S, H, N, N, dtype=chunked.work_dtype(r.dtype))
+    first = r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype))
     return [*(x.new_empty(x.shape) for x in (r, log_w, k, v, kappa, a)), first]
 
 
@@ -243,27 +242,35 @@ def save_for_backward(ctx, inputs, output) -> None:
 
 def backward(ctx, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None):
     *inputs, state, cu_seqlens, saved = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated again
-        grads = twice(inputs, state, cu_seqlens, ctx.direction, dy, dlast)
+    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+        grads = backward_by_definition(inputs, state, cu_seqlens, ctx.direction, dy, dlast)
     else:
-        grads = torch.ops.goose_mm.wkv7_backward(
+        *grads, first = torch.ops.goose_mm.wkv7_backward(
             *inputs, state, cu_seqlens, saved, dy, dlast, ctx.direction, ctx.kernel
         )
-    *grads, first = grads
-    first = None if state is None or first is None else first.to(state.dtype)
-    return (*grads, first, None, None, None, None)
+        grads.append(None if state is None else first.to(state.dtype))
+    return (*grads, None, None, None, None)
 
 
-def twice(inputs, state, cu_seqlens, direction, dy, dlast) -> list[Tensor | None]:
-    """The same gradients, by autograd through the composed chunks, to be differentiated again."""
-    tensors = [None if x is None else x.view_as(x) for x in (*inputs, state)]  # one may come twice
-    outputs = differentiable(reference, tensors[:6], tensors[6], cu_seqlens, direction)
-    wanted = [x for x in tensors if x is not None and x.requires_grad]
-    given = [(o, d) for o, d in zip(outputs, (dy, dlast), strict=True) if d is not None]
-    grads = iter(
-        torch.autograd.grad([o for o, _ in given], wanted, [d for _, d in given], create_graph=True)
-    )
-    return [next(grads) if x is not None and x.requires_grad else None for x in tensors]
+def backward_by_definition(
+    inputs: list[Tensor],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    direction: str,
+    dy: Tensor | None,
+    dlast: Tensor | None,
+) -> list[Tensor | None]:
+    """The same gradients from the loop over time: differentiable, but memory grows with T N^2."""
+    inputs = [x.view_as(x) for x in inputs]  # apart, should one tensor be given twice
+    state = None if state is None else state.view_as(state)
+    wanted = [x for x in (*inputs, state) if x is not None and x.requires_grad]
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        offsets = host_offsets(cu_seqlens, inputs[0].shape[1])
+        outputs = by_definition(inputs, state, offsets, REVERSE[direction])
+        pairs = [(y, d) for y, d in zip(outputs, (dy, dlast), strict=True) if d is not None]
+        ys, dys = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in (*inputs, state)]
 
 
 wkv7_forward.register_autograd(backward, setup_context=save_for_backward)

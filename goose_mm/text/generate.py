@@ -118,7 +118,6 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Te
     return ids.to(device), mask.to(device)
 
 
-@torch.no_grad()
 def decode(
     model: RWKV7LM, logits: Float[Tensor, "B V"], state: State, sampling: Sampling
 ) -> Iterator[Int[Tensor, "B"]]:
@@ -128,7 +127,8 @@ def decode(
         token = sampler(logits)
         yield token
         if step + 1 < sampling.max_new_tokens:
-            step_logits, state = model(token[:, None], state)
+            with torch.no_grad():
+                step_logits, state = model(token[:, None], state)
             logits = step_logits[:, -1]
 
 
@@ -167,7 +167,9 @@ class Writer:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop), len(text)), 0, -1) if stop.startswith(text[-n:])), 0)
+    return next(
+        (n for n in range(min(len(stop), len(text)), 0, -1) if stop.startswith(text[-n:])), 0
+    )
 
 
 def write(
@@ -176,7 +178,7 @@ def write(
     """Decode a batch; yield the new text of every row after each token, until all are done."""
     writers = [Writer(tokenizer, sampling.stop) for _ in range(len(logits))]
     for tokens in decode(model, logits, state, sampling):
-        yield [writer.push(token) for writer, token in zip(writers, tokens.tolist())]
+        yield [writer.push(token) for writer, token in zip(writers, tokens.tolist(), strict=True)]
         if all(writer.done for writer in writers):
             return
     yield [writer.finish() for writer in writers]
@@ -184,7 +186,9 @@ def write(
 
 def need_tokenizer(model: RWKV7LM) -> Tokenizer:
     if model.tokenizer is None:
-        raise ValueError("this model has no tokenizer; set model.tokenizer or load it from a folder")
+        raise ValueError(
+            "this model has no tokenizer; set model.tokenizer or load it from a folder"
+        )
     return model.tokenizer
 
 
@@ -197,7 +201,7 @@ def complete(model: RWKV7LM, prompts: Sequence[str], sampling: Sampling) -> list
     """Continuations of a batch of prompts."""
     tokenizer = need_tokenizer(model)
     logits, state = prefill(model, [encode_prompt(tokenizer, p) for p in prompts])
-    pieces = zip(*write(model, tokenizer, logits, state, sampling))
+    pieces = zip(*write(model, tokenizer, logits, state, sampling), strict=True)
     return ["".join(row) for row in pieces]
 
 

@@ -58,7 +58,8 @@ def build(recipe: Recipe, out: Path) -> tuple[nn.Module, Any]:
 
 def save(model: nn.Module, recipe: Recipe, out: Path) -> None:
     """Write config.json, model.safetensors and, where the model has its own, tokenizer.json."""
-    checkpoint.save_model(out, model.config, model.state_dict())
+    config: Any = model.config
+    checkpoint.save_model(out, config, model.state_dict())
     tokenizer = getattr(getattr(model, "lm", model), "tokenizer", None)
     if isinstance(tokenizer, BPETokenizer):
         tokenizer.save(out / TOKENIZER_FILE)

@@ -89,7 +89,7 @@ def train(
             averaged.update(step)
             step += 1
             values = torch.stack([*metrics.values(), grad_norm.to(place)]).tolist()
-            log.step(step, dict(zip([*metrics, "grad_norm"], values)))
+            log.step(step, dict(zip([*metrics, "grad_norm"], values, strict=True)))
     if not ended:
         log.say(f"stopped at step {step} of {config.steps}; run the same command to go on")
     log.close()
@@ -125,8 +125,8 @@ class _Steps(Dataset):
     def __init__(self, data: Any) -> None:
         self.data = data
 
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        return self.data.batch(step)
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.data.batch(index)
 
 
 def prefetch(data: Any, steps: range, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
@@ -211,7 +211,7 @@ def stop_requested() -> Iterator[Any]:
     try:
         yield lambda: bool(asked)
     finally:
-        for number, handler in zip(handled, before):
+        for number, handler in zip(handled, before, strict=True):
             signal.signal(number, handler)
 
 

@@ -65,7 +65,9 @@ def build_optimizer(
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up from 1 %, then a cosine from `lr` to `lr_final`."""
     progress = min(step / max(config.steps, 1), 1.0)
-    rate = config.lr_final + (config.lr - config.lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
+    rate = config.lr_final + (config.lr - config.lr_final) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
     if step < config.warmup:
         rate *= 0.01 + 0.99 * step / config.warmup
     return rate
@@ -88,19 +90,20 @@ class AveragedWeights:
         if not self.decay:
             return
         decay = min(self.decay, (1 + step) / (10 + step))  # follow quickly at first
-        torch._foreach_lerp_(
-            list(self.values.values()), [self.parameters[k] for k in self.values], 1 - decay
-        )
+        current: list[Tensor] = [self.parameters[k].data for k in self.values]
+        torch._foreach_lerp_(list(self.values.values()), current, 1 - decay)
 
     @contextmanager
-    @torch.no_grad()
     def applied(self) -> Iterator[None]:
         """Put the averages into the model for the length of a `with` block."""
         kept = {k: self.parameters[k].detach().clone() for k in self.values}
-        for k, value in self.values.items():
-            self.parameters[k].copy_(value)
+        self._load(self.values)
         try:
             yield
         finally:
-            for k, value in kept.items():
-                self.parameters[k].copy_(value)
+            self._load(kept)
+
+    @torch.no_grad()
+    def _load(self, values: dict[str, Tensor]) -> None:
+        for k, value in values.items():
+            self.parameters[k].copy_(value)

@@ -1,0 +1,133 @@
+"""The Triton kernel against the definition: run by `test_wkv7_triton.py`, or on a GPU by hand.
+
+Needs a CUDA device, or TRITON_INTERPRET=1 before Python starts.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_wkv7 import error, hard_cases, make, noise, oracle, results
+
+from goose_mm.kernels import chunked, triton, wkv7
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter():
+    """Triton 3.6's interpreter turns scalars into ints in a way that numpy 2.4 no longer takes."""
+    if DEVICE.type == "cuda":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+        yield
+
+
+def rounding(dtype):
+    """What storing a result costs: the interpreter cuts bfloat16 off where a GPU rounds."""
+    return {torch.float32: 0, torch.bfloat16: 4e-3 if DEVICE.type == "cpu" else 2e-3}.get(
+        dtype, 3e-4
+    )
+
+
+def check(op, inputs, exact, *rest, dtype):
+    work = [None if x is None else x.to(DEVICE) for x in rest]
+    got = results(op, [x.to(DEVICE, dtype) for x in inputs], *work)
+    assert got.keys() == exact.keys()
+    for name, want in exact.items():
+        stored = 0 if name in ("last", "dstate") else rounding(dtype)
+        assert error(got[name].cpu(), want) <= LIMIT[dtype] + stored, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "B", "T", "H", "with_state", "direction"),
+    [
+        (torch.float32, 2, 33, 1, True, "both"),
+        (torch.bfloat16, 1, 17, 3, False, "both"),
+        (torch.float16, 2, 16, 2, True, "forward"),
+        (torch.bfloat16, 1, 35, 1, True, "backward"),
+        (torch.float32, 1, 1, 1, False, "backward"),
+    ],
+)
+def test_kernel_equals_reference(dtype, B, T, H, with_state, direction):
+    N = 64
+    D = (2,) if direction == "both" else ()
+    inputs, state = make(B, T, H, N), noise(*D, B, H, N, N).float() if with_state else None
+    dy, dlast = noise(*D, B, T, H, N, seed=2), noise(*D, B, H, N, N, seed=3)
+    exact = results(oracle(direction), inputs, None if state is None else state.double(), dy, dlast)
+
+    def op(*x):
+        return wkv7(*x, direction=direction, kernel="triton")
+
+    check(op, inputs, exact, state, dy, dlast, dtype=dtype)
+
+
+@pytest.mark.parametrize(("direction", "with_state"), [("both", True), ("backward", False)])
+def test_packed_sequences(direction, with_state):
+    offsets = torch.tensor([0, 0, 1, 18, 18, 35, 35], dtype=torch.int32)
+    T, H, N, S = 35, 1, 64, len(offsets) - 1
+    D = (2,) if direction == "both" else ()
+    inputs, state = make(1, T, H, N), noise(*D, S, H, N, N).float() if with_state else None
+    dy, dlast = noise(*D, 1, T, H, N, seed=2), noise(*D, S, H, N, N, seed=3)
+
+    def op(kernel, cu_seqlens):
+        return lambda *x: wkv7(*x, cu_seqlens=cu_seqlens, direction=direction, kernel=kernel)
+
+    double = None if state is None else state.double()
+    exact = results(op("chunked", offsets), inputs, double, dy, dlast)
+    packed = op("triton", offsets.to(DEVICE))
+    check(packed, inputs, exact, state, dy, dlast, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["repeated key, a 0.9", "nearly parallel keys", "fastest decay, k x8"]
+)
+def test_hard_cases(name):
+    inputs = [x[:, :64, :1] for x in hard_cases()[name]]
+    dy, dlast = noise(1, 64, 1, 64), noise(1, 1, 64, 64)
+    exact = results(oracle("forward"), inputs, None, dy, dlast)
+    op = lambda *x: wkv7(*x, kernel="triton")  # noqa: E731
+    check(op, inputs, exact, None, dy, dlast, dtype=torch.float32)
+
+
+def test_the_smallest_gradients_survive():
+    inputs, dy = make(1, 40, 1, 64, dtype=torch.bfloat16), noise(1, 1, 40, 1, 64) * 1e-9
+    forward = [x.to(DEVICE) for x in inputs]
+    _, _, saved = triton.forward(forward, None, None, (False,), True)
+    grads, _ = triton.backward(
+        forward, None, None, (False,), saved, dy.to(DEVICE, torch.bfloat16), None
+    )
+    double = [x.double() for x in inputs]
+    _, _, saved = chunked.forward(double, None, None, (False,), True)
+    dy = dy.bfloat16().double()
+    exact, _ = chunked.backward(double, None, None, (False,), saved, dy, None)
+    for got, want in zip(grads, exact, strict=True):
+        assert (got.cpu().double() - want).norm() <= 6e-3 * want.norm()
+
+
+@pytest.mark.skipif(
+    DEVICE.type == "cuda", reason="on CUDA a device-side assertion ends the process"
+)
+def test_decay_below_the_limit_is_an_error_not_nan():
+    inputs = make(1, 20, 1, 64, dtype=torch.float32)
+    inputs[1] = inputs[1] * 0 - 5.1
+    with pytest.raises(ValueError, match=r"below -5.*kernel='reference'"):
+        wkv7(*inputs, kernel="triton")
