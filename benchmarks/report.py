@@ -44,7 +44,9 @@ def summary(results: dict[str, Any]) -> str:
             if (key == "vision") == (exam == "new_style"):
                 continue
             total = scores["overall"]
-            what = f"exact match, {EXAMS[exam]}" + (f" ({part['style']})" if "style" in part else "")
+            what = f"exact match, {EXAMS[exam]}" + (
+                f" ({part['style']})" if "style" in part else ""
+            )
             rows.append((model, what, f"{total['accuracy']:.2f}",
                          f"question only {total['blind']:.2f}", part))  # fmt: skip
     lines = ["| model | test | score | baseline | command, machine, date |", "|-|-|-|-|-|"]

@@ -137,9 +137,7 @@ def main() -> None:
         rows = {}
         for kernel in KERNELS:
             times = milliseconds(lambda k=kernel, f=run: f(inputs, k), 0.5 if quick else 10)
-            rows[kernel] = {"ms": times}
-            if kernel == "chunked":  # the loop's graph is too large to be traced event by event
-                rows[kernel]["peak_mib"] = peak_mib(lambda k=kernel, f=run: f(inputs, k))
+            rows[kernel] = {"ms": times, "peak_mib": peak_mib(what, kernel, shape)}
             print(f"{what} {kernel}: {rows[kernel]}", file=sys.stderr)
         slow, fast = (rows[kernel]["ms"]["median"] for kernel in KERNELS)
         report[what] = rows | {"speedup": round(slow / fast, 1)}

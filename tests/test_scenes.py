@@ -211,11 +211,27 @@ def test_every_family_is_asked_and_templates_are_exact(folder: Path) -> None:
     rng = random.Random(0)
     asked = [qa for scene in made for qa in questions(scene, stickers.vocabulary, rng)]
     families = {family for family in WORDINGS if family not in ("what_kind", "exist_plural")}
-    assert {qa.family for qa in asked} == families - {"garment"}
+    assert {qa.family for qa in asked} == families - {"garment", "at", "list"}
     assert "What is this?" in {qa.question for qa in asked}
     assert {qa.question for qa in asked if qa.family == "count_all"} == {WORDINGS["count_all"][0]}
     sides = {found[1] for qa in asked if (found := re.match(r"What is (.+) the \w", qa.question))}
     assert sides == {"to the left of", "to the right of", "above", "below"}
+
+
+def test_lessons_name_what_is_there(folder: Path) -> None:
+    stickers, made = scenes(folder, 200)
+    rng, seen = random.Random(0), Counter()
+    for scene in made:
+        for qa in questions(scene, stickers.vocabulary, rng, lessons=True):
+            if qa.family == "list":
+                row = sorted(scene.stickers, key=lambda s: s.x)
+                assert qa.answer.split(", ") == [s.name for s in row] and len(row) > 1
+            elif qa.family == "at" and "center" not in qa.question:
+                down, right = "bottom" in qa.question, "right" in qa.question
+                there = [s for s in scene.stickers if (s.y > 0.5, s.x > 0.5) == (down, right)]
+                assert [s.name for s in there] == [qa.answer]
+            seen[qa.family] += 1
+    assert seen["list"] > 20 and seen["at"] > 20
 
 
 def test_paraphrases_use_other_words(folder: Path) -> None:

@@ -72,7 +72,7 @@ def test_training_learns_and_scores_in_bits_per_byte(books, tmp_path):
     model = load(tmp_path)
     assert not torch.equal(model.head.weight, untrained.head.weight)
     assert 0 < scores["bits_per_byte"] < 2.5  # 300 words of one story; 8 bits before training
-    assert isinstance(model.generate("The goose", max_new_tokens=5, temperature=0), str)
+    assert isinstance(model.generate("The goose", max_new_tokens=5, temperature=0.0), str)
 
 
 def test_sigterm_saves_and_the_run_goes_on(books, tmp_path):
