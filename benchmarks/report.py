@@ -72,8 +72,8 @@ def families(results: dict[str, Any]) -> str:
 
 def filled(text: str, table: str) -> str:
     """`text` with `table` between its markers."""
-    pattern = r"(<!-- results -->\n).*?(\n<!-- /results -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}{table}{m[2]}", text, flags=re.DOTALL)
+    pattern = r"(<!-- results -->\n).*?(<!-- /results -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
 
 
 def pages() -> dict[Path, str]:

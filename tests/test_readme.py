@@ -96,3 +96,13 @@ def test_the_tree_lists_the_package():
     listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
     there = {path.name for path in (ROOT / "goose_mm").glob("[!_]*")}
     assert listed == there
+
+
+def test_tables_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks import report
+    finally:
+        sys.path.pop(0)
+    for page, text in report.pages().items():
+        assert page.read_text() == text, f"python benchmarks/report.py would change {page.name}"

@@ -28,6 +28,12 @@ def upcast(x: Tensor) -> Tensor:
 class TimeMix(nn.Module):
     """Attention's place in the block: six shifted inputs, four low-rank gates, one scan."""
 
+    x_r: nn.Parameter
+    x_w: nn.Parameter
+    x_k: nn.Parameter
+    x_v: nn.Parameter
+    x_a: nn.Parameter
+    x_g: nn.Parameter
     w0: nn.Parameter
     w1: nn.Parameter
     w2: nn.Parameter
