@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,23 @@ def worst_error(inputs: list[Tensor]) -> float:
     return max(error.item() for error in errors)
 
 
-def milliseconds(run: Callable[[], object], seconds: float) -> dict[str, float | int]:
-    """Median, least and most of the runs that fit in `seconds`, three at least."""
-    run()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    shown = {"median": statistics.median(times), "least": min(times), "most": max(times)}
-    return {name: round(1e3 * t, 2) for name, t in shown.items()} | {"runs": len(times)}
+def race(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
+    """Median, least and most milliseconds of each, run in turns so that all see the same load.
+
+    As many rounds as fit in `seconds`, three at least, after one to warm up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    while len(times["chunked"]) < 4 or time.perf_counter() - begin < seconds:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    summary = {"median": statistics.median, "least": min, "most": max, "runs": len}
+    return {
+        name: {key: round(f(list_[1:]), 2) for key, f in summary.items()}
+        for name, list_ in times.items()
+    }
 
 
 def peak_mib(*job: Any) -> float | None:
@@ -129,19 +137,20 @@ def main() -> None:
         "commit": commit(),
         "hardware": f"{processor()}, {os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # of other processes, when this began
         "torch": torch.__version__,
         "shape": dict(zip("BTHN", (*shape, 64), strict=True)) | {"dtype": "float32"},
         "worst_error": float(f"{error:.1e}"),  # of y and gradients, against float64
     }
     for what, run in RUNS.items():
-        rows = {}
-        for kernel in KERNELS:
-            times = milliseconds(lambda k=kernel, f=run: f(inputs, k), 0.5 if quick else 10)
-            rows[kernel] = {"ms": times, "peak_mib": peak_mib(what, kernel, shape)}
-            print(f"{what} {kernel}: {rows[kernel]}", file=sys.stderr)
-        slow, fast = (rows[kernel]["ms"]["median"] for kernel in KERNELS)
-        report[what] = rows | {"speedup": round(slow / fast, 1)}
-        print(f"{what}: {report[what]['speedup']}x", file=sys.stderr)
+        runs = {kernel: partial(run, inputs, kernel) for kernel in KERNELS}
+        rows = {
+            kernel: {"ms": ms, "peak_mib": peak_mib(what, kernel, shape)}
+            for kernel, ms in race(runs, 1 if quick else 20).items()
+        }
+        slow, fast = (rows[kernel]["ms"]["least"] for kernel in KERNELS)
+        report[what] = rows | {"speedup": round(slow / fast, 1)}  # least: least disturbed
+        print(f"{what}: {json.dumps(report[what])}", file=sys.stderr)
     if not quick:
         new = RESULTS.with_suffix(".new")
         new.write_text(json.dumps(report, indent=2) + "\n")

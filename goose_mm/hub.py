@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from goose_mm import checkpoint
+from goose_mm.backbone.init import uninitialised
 from goose_mm.config import AudioModel, ModelConfig, TextModel, VisionModel
 from goose_mm.text.model import RWKV7LM
 from goose_mm.text.tokenizer import load_tokenizer
@@ -52,11 +53,7 @@ def load(
     """
     path = locate(name_or_path)
     config, tensors = checkpoint.read_model(path)
-    if isinstance(config, TextModel):  # nothing to initialise, everything is loaded
-        with torch.device("meta"):
-            model = build_model(config)
-        model.to_empty(device="cpu")
-    else:
+    with uninitialised():
         model = build_model(config)
     fill(model, tensors, str(path))
     if not isinstance(config, AudioModel):

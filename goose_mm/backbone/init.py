@@ -7,6 +7,9 @@ With l the layer, L the number of layers and n the channel: `depth` l/(L-1), `re
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +19,27 @@ if TYPE_CHECKING:
     from goose_mm.backbone.model import RWKV7
 
 
+_loading: ContextVar[bool] = ContextVar("loading", default=False)
+
+
+@contextmanager
+def uninitialised() -> Iterator[None]:
+    """Models built inside keep what happens to be in memory: their weights are loaded next.
+
+    Orthogonal matrices are slow to draw, too slow to be drawn in vain.
+    """
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
 @torch.no_grad()
 def initialise(backbone: RWKV7) -> None:
     """Set every parameter of the stack; random ones draw from torch's default generator."""
+    if _loading.get():
+        return
     blocks: Any = backbone.blocks
     for layer, block in enumerate(blocks):
         for norm in (m for m in block.modules() if isinstance(m, nn.LayerNorm)):
@@ -97,6 +118,8 @@ def orthogonal(weight: Tensor, gain: float, tall: bool = False) -> None:
 @torch.no_grad()
 def initialise_vocabulary(embedding: Tensor, head: Tensor) -> None:
     """Embedding [V,C] small and uniform, output head [V,C] orthogonal."""
+    if _loading.get():
+        return
     vocab, dim = head.shape
     nn.init.uniform_(embedding, -1e-4, 1e-4)
     orthogonal(head, 0.5 * math.sqrt(vocab / dim) if vocab > dim else 0.5)
