@@ -98,6 +98,7 @@ class VisionConfig:
     encoders: tuple[EncoderSpec, ...] = ()
     projector: Literal["linear", "mlp", "context_gating", "grid_mixer"] = "linear"
     mixer_layers: int = 0  # grid_mixer: bidirectional RWKV-7 blocks over the grid
+    feature_dropout: float = 0.0  # grid_mixer: encoder channels dropped per picture, in training
     before_image: str = "User: "
     prompt: str = "\n{question}\n\nAssistant:"
     stop: str = "\n\n"

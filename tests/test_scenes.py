@@ -27,7 +27,7 @@ from goose_mm.data.drawing import render
 from goose_mm.data.questions import questions
 from goose_mm.data.scenes import Background, Scene, Sticker, compose, overlap
 from goose_mm.data.stickers import Stickers
-from goose_mm.data.vision import Scenes, blind_baseline, evaluate_answers
+from goose_mm.data.vision import PACK, Scenes, blind_baseline, evaluate_answers
 from goose_mm.data.wordings import QA, WORDINGS
 from goose_mm.text.tokenizer import WorldTokenizer
 
@@ -350,19 +350,18 @@ def test_a_batch_holds_prompts_and_answers(folder: Path) -> None:
     data = dataset(folder, photos=0.5)
     for step in range(4):
         batch = data.batch(step)
-        pictures, number, length = batch["ids"].shape
-        assert (pictures, number) == (3, 4)
         assert batch["pixels"].shape == (3, 3, 64, 64) and batch["pixels"].dtype == torch.uint8
-        assert batch["mask"].shape == batch["target"].shape == (3, 4, length)
-        assert batch["mask"].any((0, 1)).all(), "no column is padding alone"
-        for ids, mask, target in zip(
-            *(batch[k].flatten(0, 1) for k in ("ids", "mask", "target")), strict=True
-        ):
-            text = data.tokenizer.decode(ids[mask].tolist())
+        assert batch["ids"].shape == batch["target"].shape and len(batch["cu_seqlens"]) == 3 * 4 + 1
+        assert batch["ids"].shape[1] == batch["cu_seqlens"][-1]
+        assert batch["ids"].shape[1] % (3 * 4 * PACK) == 0
+        for start, stop in itertools.pairwise(batch["cu_seqlens"].tolist()):
+            ids, target = (batch[key][0, start:stop] for key in ("ids", "target"))
+            end = int(target.nonzero().max()) + 1  # only padding may follow the answer
+            assert not ids[end:].any() and (end == len(ids) or stop == batch["cu_seqlens"][-1])
+            text = data.tokenizer.decode(ids[:end].tolist())
             answer = data.tokenizer.decode(ids[target].tolist())
             assert re.fullmatch(r"\n[^\n]+\n\nAssistant: [^\n]+\n\n", text)
             assert text.endswith("Assistant:" + answer) and answer.startswith(" ")
-            assert not target[~mask].any()
 
 
 class Oracle:

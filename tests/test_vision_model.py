@@ -1,5 +1,7 @@
 """VisualRWKV7: one reading of a picture serves every question, in asking and in training."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -55,46 +57,42 @@ def photo(seed, side=32):
 
 
 def training_batch(tokenizer, pictures=2):
-    """Two questions a picture, mixed lengths; the last row is empty, as padding rows are."""
+    """Two questions a picture, mixed lengths; the last text has no answer, as padding has none."""
     rows = [
         [("What is this?", " a red ball"), ("How many?", " two")],
         [("What is this, there?", " a ball"), None],
     ][:pictures]
-    encoded = []
-    for row in rows:
-        for pair in row:
-            asked = tokenizer.encode(prompt_text(VisionConfig(), pair[0])) if pair else [1]
-            answer = tokenizer.encode(pair[1] + "\n\n") if pair else []
-            encoded.append((asked + answer, [False] * len(asked) + [True] * len(answer)))
-    width = max(len(ids) for ids, _ in encoded)
-    shape = (len(rows), 2, width)
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    target = mask.clone()
-    for i, (tokens, supervised) in enumerate(encoded):
-        place = i // 2, i % 2, slice(len(tokens))
-        ids[place], target[place] = torch.tensor(tokens), torch.tensor(supervised)
-        mask[place] = True
+    ids, target, starts = [], [], [0]
+    for pair in (pair for row in rows for pair in row):
+        asked = tokenizer.encode(prompt_text(VisionConfig(), pair[0])) if pair else [1, 2, 3]
+        answer = tokenizer.encode(pair[1] + "\n\n") if pair else []
+        ids += asked + answer
+        target += [False] * len(asked) + [True] * len(answer)
+        starts.append(len(ids))
     pixels = np.stack([np.array(photo(i)) for i in range(len(rows))])
-    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return {"pixels": pixels, "ids": ids, "mask": mask, "target": target}
+    return {
+        "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        "ids": torch.tensor([ids]),
+        "target": torch.tensor([target]),
+        "cu_seqlens": torch.tensor(starts, dtype=torch.int32),
+    }
 
 
 def naive_loss(model, batch):
-    """Every row by itself, from its first word to its last: no state, no padding, no batch."""
+    """Every text by itself, from its first word to its last: no state, no packing, no batch."""
     before = model.lm.tokenizer.encode(model.config.vision.before_image)
     losses, exact = [], []
-    for pixels, rows, masks, targets in zip(*batch.values(), strict=True):
-        tokens = model.image_tokens(normalise(pixels[None], EYE))
-        for ids, mask, target in zip(rows, masks, targets, strict=True):
-            ids, target = ids[mask], target[mask]
-            if not target.any():
-                continue
-            words = model.lm.emb(torch.cat([torch.tensor(before), ids]))[None]
-            stream = torch.cat([words[:, : len(before)], tokens, words[:, len(before) :]], 1)
-            logits = model.lm.head(model.lm.backbone(stream)[0][0])
-            logits = logits[-len(ids) - 1 : -1][target]  # the token before predicts
-            losses.append(F.cross_entropy(logits, ids[target]))
-            exact.append((logits.argmax(-1) == ids[target]).all())
+    for i, (start, stop) in enumerate(itertools.pairwise(batch["cu_seqlens"].tolist())):
+        tokens = model.image_tokens(normalise(batch["pixels"][i // 2][None], EYE))
+        ids, target = (batch[key][0, start:stop] for key in ("ids", "target"))
+        if not target.any():
+            continue
+        words = model.lm.emb(torch.cat([torch.tensor(before), ids]))[None]
+        stream = torch.cat([words[:, : len(before)], tokens, words[:, len(before) :]], 1)
+        logits = model.lm.head(model.lm.backbone(stream)[0][0])
+        logits = logits[-len(ids) - 1 : -1][target]  # the token before predicts
+        losses.append(F.cross_entropy(logits, ids[target]))
+        exact.append((logits.argmax(-1) == ids[target]).all())
     return torch.stack(losses).mean(), torch.stack(exact).double().mean()
 
 

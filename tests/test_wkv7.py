@@ -356,9 +356,12 @@ def run(f, T, *args):
     return y, state, *torch.autograd.grad(y.sum() + state.sum(), inputs)
 
 packed = torch.tensor([0, 3, 3, 20], dtype=torch.int32)
-compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-for args in [(20, None, None, "forward"), (33, None, None, "forward"), (20, None, packed, "both")]:
-    assert all(map(torch.equal, run(layer, *args), run(compiled, *args))), args
+for dynamic in (None, True):
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T, *rest in [(20, None, "forward"), (33, None, "forward"), (20, packed, "both")]:
+        args = (T, None, *rest)
+        assert all(map(torch.equal, run(layer, *args), run(compiled, *args))), (dynamic, args)
 """
 
 

@@ -116,10 +116,8 @@ class TimeMix(nn.Module):
             toward = (per_head(delta) * self.gate_weight).sum(-1) + self.gate_bias
             mix = torch.sigmoid(toward)[..., None]
             y = mix * y[0] + (1 - mix) * y[1]
-        y = F.group_norm(
-            upcast(y).flatten(0, 1).flatten(1),
-            self.heads, self.ln_x.weight.to(upcast(y).dtype),
-            self.ln_x.bias.to(upcast(y).dtype), self.ln_x.eps,
-        ).view(x.shape)  # fmt: skip
+        y = F.layer_norm(upcast(y), y.shape[-1:], eps=self.ln_x.eps)  # ln_x, one group a head
+        y = y * per_head(upcast(self.ln_x.weight)) + per_head(upcast(self.ln_x.bias))
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.output((y + bonus.flatten(2)).to(g.dtype) * g), v_first, carried, wkv
+        y = (y + bonus).flatten(2).to(g.dtype)
+        return self.output(y * g), v_first, carried, wkv

@@ -220,4 +220,4 @@ FAMILIES: tuple[Family, ...] = (
     _where,
     _background,
 )
-LESSONS: tuple[Family, ...] = (_at, _list)
+LESSONS: tuple[Family, ...] = (_at, _list, _where, _compare)  # the last two once more

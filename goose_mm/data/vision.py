@@ -32,12 +32,7 @@ Exam = Iterable[tuple[Image.Image, list[QA]]]
 
 EXAM_SCENES = 200
 BLIND_SCENES = 4000  # training scenes whose answers the blind baseline learns by heart
-NAMING = (
-    "what",
-    "relation",
-    "at",
-    "list",
-)  # the answer is one of hundreds of names: these are never left out
+PACK = 4  # tokens per question: what a batch's length is a multiple of
 
 
 @runtime_checkable
@@ -51,8 +46,9 @@ class Scenes:
     """Batches of pictures and questions; `batch(step)` is a pure function of seed and step.
 
     B pictures, S pixels a side, Q questions each, T tokens:
-    `pixels` uint8 [B, 3, S, S]; `ids` int64 [B, Q, T], prompt then answer; `mask` bool [B, Q, T],
-    False on padding; `target` bool [B, Q, T], True on the answer and the stop that ends it.
+    `pixels` uint8 [B, 3, S, S]; `ids` int64 [1, T], prompt then answer of every question, packed;
+    `cu_seqlens` int32 [B * Q + 1], where they begin; `target` bool [1, T], True on the answer and
+    the stop that ends it. T is rounded up to a multiple of PACK * B * Q, so that few shapes occur.
     Raises ValueError if data.path lacks something or a setting is out of range.
     """
 
@@ -82,11 +78,8 @@ class Scenes:
             self._example(random.Random(f"train {self.seed} {step} {row}"))
             for row in range(self.batch_size)
         ]
-        pixels = np.stack([np.asarray(picture) for picture, _ in rows]).transpose(0, 3, 1, 2)
-        return {
-            "pixels": torch.from_numpy(np.ascontiguousarray(pixels)),
-            **self._tokens([qas for _, qas in rows]),
-        }
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture, _ in rows]))
+        return {"pixels": pixels.permute(0, 3, 1, 2), **self._tokens([qas for _, qas in rows])}
 
     def _example(self, rng: random.Random) -> tuple[Image.Image, list[QA]]:
         number, paraphrase = self.config.questions, self.config.paraphrase
@@ -98,8 +91,7 @@ class Scenes:
         asked = []
         while len(asked) < number:
             asked += questions(scene, self.stickers.vocabulary, rng, paraphrase, lessons=True)
-        asked.sort(key=lambda qa: (qa.family not in NAMING, rng.random()))
-        return render(scene, self.stickers.root), asked[:number]
+        return render(scene, self.stickers.root), rng.sample(asked, number)
 
     def _scene(self, kind: str, rng: random.Random, augment: bool) -> Scene:
         return compose(
@@ -128,17 +120,18 @@ class Scenes:
             for row in rows
             for qa in row
         ]
-        longest = max(len(prompt) + len(answer) for prompt, answer in coded)
-        ids = np.zeros((len(coded), longest), np.int64)
-        mask, target = np.zeros_like(ids, bool), np.zeros_like(ids, bool)
-        for i, (prompt, answer) in enumerate(coded):
-            end = len(prompt) + len(answer)
-            ids[i, :end] = prompt + answer
-            mask[i, :end] = True
-            target[i, len(prompt) : end] = True
-        shape = (len(rows), -1, longest)
-        tokens = {"ids": ids, "mask": mask, "target": target}
-        return {name: torch.from_numpy(values.reshape(shape)) for name, values in tokens.items()}
+        lengths = [len(prompt) + len(answer) for prompt, answer in coded]
+        total = sum(lengths)
+        lengths[-1] += -total % (PACK * len(coded))  # behind the last answer, where nobody looks
+        ids = np.zeros((1, sum(lengths)), np.int64)
+        target = np.zeros_like(ids, bool)
+        ids[0, :total] = [token for pair in coded for part in pair for token in part]
+        starts = np.cumsum([0, *lengths], dtype=np.int32)
+        for start, (prompt, answer) in zip(starts, coded, strict=False):
+            begin = start + len(prompt)
+            target[0, begin : begin + len(answer)] = True
+        tokens = {"ids": ids, "target": target, "cu_seqlens": starts}
+        return {name: torch.from_numpy(values) for name, values in tokens.items()}
 
     def _answer(self, qa: QA) -> list[int]:
         return self.tokenizer.encode(f" {qa.answer}{self.vision.stop}")

@@ -29,12 +29,17 @@ LOWEST_LOG_W = -5.0  # a product of two exp(40) still fits float32
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """Why this kernel cannot run there; empty if it can."""
+    if head_size != HEAD_SIZE:  # may be symbolic, under torch.compile(dynamic=True)
+        return f"it takes heads of size {HEAD_SIZE}, not {head_size}"
+    return lacking(device, dtype)
+
+
+def lacking(device: torch.device, dtype: torch.dtype) -> str:
+    """What the device or the installation lacks; empty if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton; it exists for Linux)"
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    if head_size != HEAD_SIZE:
-        return f"it takes heads of size {HEAD_SIZE}, not {head_size}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -46,7 +51,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str
 
 # As torch.compiler.assume_constant_result does, which imports the whole compiler to say so:
 # torch.compile asks once while it traces, rather than trace the question.
-vars(unavailable)["_dynamo_marked_constant"] = True
+vars(lacking)["_dynamo_marked_constant"] = True
 
 
 def saved_states(tokens: int) -> int:

@@ -32,6 +32,8 @@ from goose_mm.train.optim import (
 )
 
 RESUME_FILE = "resume.pt"
+# Mixed reductions give gradients of wrong shapes, or wrong ones: pytorch#178080, pytorch#193061.
+COMPILE: dict[str, Any] = {"dynamic": False, "options": {"triton.mix_order_reduction": False}}
 
 
 def train(
@@ -60,7 +62,7 @@ def train(
     if config.compile:
         for module in model.modules():
             if type(module).__name__ == "Block":
-                module.compile()
+                module.compile(**COMPILE)
 
     last = config.steps if until is None else min(until, config.steps)
     log = Log(out / "metrics.jsonl", step, config.steps, quiet)
@@ -114,9 +116,11 @@ def accumulate(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
-    """The data's own scores of the model, in evaluation mode and full precision."""
+    """The data's own scores of the model, in evaluation mode, full precision and not compiled:
+    lengths vary too much for that."""
     model.eval()
-    return data.evaluate(model)
+    with torch.compiler.set_stance("force_eager"):
+        return data.evaluate(model)
 
 
 class _Steps(Dataset):

@@ -91,25 +91,28 @@ class VisualRWKV7(nn.Module):
         """Cross-entropy of the answers: the mean over a row's answer tokens, then over rows
         (VisualRWKV's sample-level loss), so that a long answer weighs as much as a short one.
 
-        batch: `pixels` uint8 [B,3,S,S], or absent to train without pictures; `ids` int64 [B,Q,T],
-        the text behind the picture, right-padded; `mask` bool [B,Q,T], True for real tokens;
-        `target` bool [B,Q,T], True for answer tokens, never the first of a row. Rows without
-        answer tokens do not count. Metrics: `loss`, and `exact`, the share of rows whose every
-        answer token was the likeliest given the right tokens before it.
+        batch: `pixels` uint8 [B,3,S,S], or absent to train without pictures; `ids` int64 [1,T], the
+        texts behind the pictures, packed: Q for each picture, all of the first before those of the
+        second; `cu_seqlens` int32 [B*Q+1], where each begins; `target` bool [1,T], True for answer
+        tokens, never the first of a text. Texts without answer tokens do not count. Metrics:
+        `loss`, and `exact`, the share of texts whose every answer token was the likeliest given
+        the right tokens before it.
         """
-        count, questions, _ = batch["ids"].shape
-        ids, mask, target = (batch[key].flatten(0, 1) for key in ("ids", "mask", "target"))
+        ids, cu_seqlens, target = batch["ids"], batch["cu_seqlens"], batch["target"]
+        count = len(batch["pixels"]) if "pixels" in batch else 1
         pictures = [self.image_tokens(batch["pixels"])] if "pixels" in batch else []
         state, _ = self._read(pictures, count)
-        hidden, _ = self.lm.backbone(self.lm.emb(ids), state.repeat(questions), mask=mask)
+        state = state.repeat((len(cu_seqlens) - 1) // count)
+        hidden, _ = self.lm.backbone(self.lm.emb(ids), state, cu_seqlens=cu_seqlens)
 
-        row, place = target[:, 1:].nonzero(as_tuple=True)  # `place` predicts the token after it
-        logits = upcast(self.lm.head(hidden[row, place]))
-        answer = ids[row, place + 1]
+        place = target[0, 1:].nonzero().squeeze(1)  # of the token before, which predicts it
+        row = torch.searchsorted(cu_seqlens, place, right=True) - 1
+        logits = upcast(self.lm.head(hidden[0, place]))
+        answer = ids[0, place + 1]
         losses = F.cross_entropy(logits, answer, reduction="none")
         wrong = (logits.argmax(-1) != answer).to(losses)
         tokens, loss_sum, wrong_sum = (
-            losses.new_zeros(len(ids)).index_add(0, row, values)
+            losses.new_zeros(len(cu_seqlens) - 1).index_add(0, row, values)
             for values in (torch.ones_like(losses), losses, wrong)
         )
         rows = (tokens > 0).sum().clamp(min=1)

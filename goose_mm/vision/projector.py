@@ -51,9 +51,12 @@ class GridMixer(nn.Module):
     than the one built for gets its row and column embeddings by interpolation.
     """
 
-    def __init__(self, d_in: int, config: BackboneConfig, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, d_in: int, config: BackboneConfig, grid: tuple[int, int], feature_dropout: float
+    ) -> None:
         super().__init__()
         dim = config.dim
+        self.feature_dropout = feature_dropout
         self.proj = nn.Linear(d_in, dim)
         self.rows = nn.Parameter(0.02 * torch.randn(grid[0], dim))
         self.columns = nn.Parameter(0.02 * torch.randn(grid[1], dim))
@@ -61,6 +64,9 @@ class GridMixer(nn.Module):
 
     def forward(self, grid: Float[Tensor, "B h w d"]) -> Float[Tensor, "B P C"]:
         height, width = grid.shape[1:3]
+        # A channel is kept or dropped in the whole picture: a thing must be known by many of them.
+        kept = F.dropout(torch.ones_like(grid[:, :1, :1]), self.feature_dropout, self.training)
+        grid = grid * kept
         place = resampled(self.rows, height)[:, None] + resampled(self.columns, width)
         tokens = (self.proj(grid) + place).flatten(1, 2)
         return self.mixer(tokens, grid=(height, width))[0]
@@ -104,4 +110,4 @@ def build_projector(
         shift="conv",
         dropout=backbone.dropout,
     )
-    return GridMixer(d_in, mixer, grid)
+    return GridMixer(d_in, mixer, grid, vision.feature_dropout)
