@@ -53,7 +53,8 @@ class Encoder(nn.Module):
     def __init__(self, spec: EncoderSpec, network: nn.Module) -> None:
         super().__init__()
         self.spec = spec
-        network.requires_grad_(False).to(memory_format=torch.channels_last)  # quicker everywhere
+        network.requires_grad_(False)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A network whose weights can be had again is held in a list, out of sight of
         # parameters() and state_dict(): checkpoints then store only what was trained.
         self._held: list[Any] = [network]
