@@ -37,6 +37,7 @@ class BackboneConfig:
     gate_rank: int = 0
     bidirectional: bool = False  # scan both ways with one set of weights, mixed by a gate
     shift: Literal["token", "conv"] = "token"  # previous token, or 3x3 neighbours on a grid
+    a_max: float = 1.0  # the removal is scaled by this; 2 lets it reflect: state tracking
     dropout: float = 0.0  # on both residual branches, in training only
 
     def __post_init__(self) -> None:
@@ -44,6 +45,8 @@ class BackboneConfig:
             raise ConfigError(
                 f"backbone.dim={self.dim} must be a multiple of head_size={self.head_size}"
             )
+        if not 0 < self.a_max <= 2:
+            raise ConfigError(f"backbone.a_max must lie in 0..2, got {self.a_max}")
         if self.num_layers < 1:
             raise ConfigError(f"backbone.num_layers must be at least 1, got {self.num_layers}")
 

@@ -48,7 +48,7 @@ class TimeMix(nn.Module):
     def __init__(self, config: BackboneConfig, layer: int) -> None:
         super().__init__()
         dim, heads, size = config.dim, config.num_heads, config.head_size
-        self.heads, self.bidirectional = heads, config.bidirectional
+        self.heads, self.bidirectional, self.a_max = heads, config.bidirectional, config.a_max
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, dim)))
         ranks = {"w": config.decay_rank, "a": config.a_rank, "g": config.gate_rank}
@@ -101,6 +101,8 @@ class TimeMix(nn.Module):
             v = v + (v_first - v) * per_head(mix)
         kappa = F.normalize(upcast(per_head(k * self.k_k)), dim=-1, eps=1e-12)
         k = per_head(k * (1 + (a - 1) * self.k_a))
+        if self.a_max != 1:  # of the removal alone: the factor c of the paper's state tracking
+            a = a * self.a_max
         r, log_w, a = per_head(r), per_head(log_w), per_head(a)
         if stream.mask is not None:  # padding: keep the state as it is
             padding = ~stream.mask[..., None, None]
