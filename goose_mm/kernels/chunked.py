@@ -30,9 +30,11 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     return ""
 
 
-def saved_states(tokens: int | torch.SymInt) -> int | torch.SymInt:
-    """How many states between spans a backward pass over `tokens` may need."""
-    return (tokens - 1) // SPAN
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, save: bool) -> Tensor:
+    """Room for the states a backward pass needs: [D, K, B, H, N, N], K = 0 if none."""
+    B, T, H, N = r.shape
+    slots = (T - 1) // SPAN if save else 0
+    return r.new_empty(directions, slots, B, H, N, N, dtype=work_dtype(r.dtype))
 
 
 def forward(
@@ -54,7 +56,7 @@ def forward(
     check_decay(inputs[1])
     y = r.new_empty(D, B, T, H, N)
     last = r.new_zeros(D, S, H, N, N, dtype=work) if state is None else state.to(work, copy=True)
-    saved = r.new_empty(D, saved_states(T) if save else 0, B, H, N, N, dtype=work)
+    saved = empty_saved(r, D, save)
     masks, room = cache(partial(Masks.of, like=last)), cache(partial(Work.empty, like=last))
     for d, backwards in enumerate(reverse):
         for states, spans in plan(r, offsets, backwards):

@@ -54,9 +54,11 @@ def lacking(device: torch.device, dtype: torch.dtype) -> str:
 vars(lacking)["_dynamo_marked_constant"] = True
 
 
-def saved_states(tokens: int) -> int:
-    """How many states between chunks a backward pass over `tokens` may need."""
-    return (tokens - 1) // CHUNK
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, save: bool) -> Tensor:
+    """Room for the states a backward pass needs: [D, K, B, H, N, N] in float32, K = 0 if none."""
+    B, T, H, N = r.shape
+    slots = (T - 1) // CHUNK if save else 0
+    return r.new_empty(directions, slots, B, H, N, N, dtype=torch.float32)
 
 
 def forward(
@@ -79,7 +81,7 @@ def forward(
     D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
     y = r.new_empty(D, B, T, H, N)
     last = start(state, (D, S, H, N, N), r)
-    saved = r.new_empty(D, saved_states(T) if save else 0, B, H, N, N, dtype=torch.float32)
+    saved = empty_saved(r, D, save)
     fixed = constants(r, reverse)
     with torch.cuda.device_of(r):
         inverse, _, fits = inverses(inputs, cu_seqlens, reverse)

@@ -1,6 +1,6 @@
 """The WKV-7 operator: contract, shape checks, choice of the kernel, registration with PyTorch.
 
-Every kernel is a module with `unavailable(device, dtype, head_size)`, `saved_states(tokens)`,
+Every kernel is a module with `unavailable(device, dtype, head_size)`, `empty_saved(...)`,
 `forward(...)`, `backward(...)` as in `chunked.py`, and one line in KERNELS below.
 """
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goose_mm.kernels import chunked, triton
+from goose_mm.kernels import chunked, cuda, triton
 from goose_mm.kernels.reference import by_definition, work_dtype
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences)
@@ -20,7 +20,7 @@ from goose_mm.kernels.reference import by_definition, work_dtype
 Direction = Literal["forward", "backward", "both"]
 REVERSE = {"forward": (False,), "backward": (True,), "both": (False, True)}
 # First choice first; "reference" stands for the definition itself.
-KERNELS = {"triton": triton, "chunked": chunked}
+KERNELS = {"triton": triton, "chunked": chunked, "cuda": cuda}
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
 
 
@@ -46,7 +46,7 @@ def wkv7(
     Args:
         r, k, v: receptance, key, value, `[B, T, H, N]`, T >= 1, any floating dtype.
         log_w: log of the decay, <= 0. RWKV-7 has `-exp(-0.5) * sigmoid(d)`, so above -0.6066; the
-            kernel "chunked" takes -2.75 or more, "triton" -5: both raise below.
+            kernel "cuda" takes -0.7 or more, "chunked" -2.75, "triton" -5: all fail loudly below.
         kappa: removal key of unit norm. a: in-context learning rate in [0, 1], or up to 2.
         state: the state to start from, `[S, H, N, N]` with S = B; None means zeros. Never modified.
         cu_seqlens: offsets `[S + 1]` (int32 or int64, first 0, last T) of S sequences packed
@@ -62,7 +62,9 @@ def wkv7(
     Raises:
         ValueError: shapes or offsets that do not fit, an unknown or unusable kernel.
 
-    The kernel "chunked" reads `cu_seqlens` on the host, which waits for a CUDA device.
+    The kernel "cuda" takes all inputs in the dtype of `r`, and operands of products in 11 bits;
+    "chunked" works in float32 throughout, and reads `cu_seqlens` on the host, which waits for a
+    CUDA device.
     """
     kernel = choose(kernel, r.device, r.dtype, r.shape[-1])
     stacked = direction == "both"
@@ -151,8 +153,8 @@ def host_offsets(cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
 
 
 def kernel_offsets(kernel: str, cu_seqlens: Tensor | None, tokens: int) -> Any:
-    """The offsets as a kernel wants them: "triton" reads them on the device, and trusts them."""
-    return cu_seqlens if kernel == "triton" else host_offsets(cu_seqlens, tokens)
+    """The offsets as a kernel wants them; on the device they are neither checked nor waited for."""
+    return host_offsets(cu_seqlens, tokens) if kernel == "chunked" else cu_seqlens
 
 
 INPUTS = ", ".join(f"Tensor {name}" for name in NAMES) + ", Tensor? state, Tensor? cu_seqlens"
@@ -187,12 +189,10 @@ def wkv7_forward(
 def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
     B, T, H, N = r.shape
     D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
-    K = KERNELS[kernel].saved_states(T) if save else 0
-    work = work_dtype(r.dtype)
     return (
         r.new_empty(D, B, T, H, N),
-        r.new_empty(D, S, H, N, N, dtype=work),
-        r.new_empty(D, K, B, H, N, N, dtype=work),
+        r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype)),
+        KERNELS[kernel].empty_saved(r, D, save),
     )
 
 

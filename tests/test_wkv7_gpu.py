@@ -1,4 +1,4 @@
-"""The Triton kernel: `triton_cases.py` under the interpreter, and on the GPU if there is one."""
+"""`gpu_cases.py`: Triton under its interpreter, and all GPU kernels on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from goose_mm.kernels import triton
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = Path(__file__).with_name("gpu_cases.py")
 
 
 def run(**environment):

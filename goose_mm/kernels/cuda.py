@@ -1,0 +1,173 @@
+"""WKV-7 in CUDA C++ (`csrc/`), for NVIDIA GPUs: buffers, grids, launches.
+
+Products take f16 operands and sum in float32; the state stays float32. Besides inputs, outputs and
+gradients a training step holds a state of 16 bits for every few chunks of 16 tokens, for heads of
+64 and 16-bit inputs every three, where a block may have 113 kB of shared memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from goose_mm.kernels import nvrtc
+
+# B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
+# K saved states, between segments of some chunks
+
+CHUNK = 16
+HEAD_SIZES = (64, 128)
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
+# (head size, bytes of a number) -> (shared memory that a block needs, chunks of a segment)
+SEGMENTS = {
+    (64, 2): ((115_488, 3), (88_864, 2)),
+    (64, 4): ((158_496, 3), (117_536, 2), (91_648, 1)),
+    (128, 2): ((221_760, 2), (154_176, 1)),
+    (128, 4): ((182_848, 1),),
+}
+NUMBERS = (ctypes.c_longlong, ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_int)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """Why this kernel cannot run there; empty if it can."""
+    if head_size not in HEAD_SIZES:  # may be symbolic, under torch.compile(dynamic=True)
+        return f"it takes heads of size {' or '.join(map(str, HEAD_SIZES))}, not {head_size}"
+    return lacking(device, dtype, int(head_size))
+
+
+def lacking(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """What the device or the installation lacks; empty if nothing."""
+    if dtype not in TYPES:
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, the tensors are on {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if not segment(device, dtype, head_size):
+        return f"{torch.cuda.get_device_name(device)} has too little shared memory for {head_size}"
+    return nvrtc.missing()
+
+
+# torch.compile asks once while it traces, rather than trace the question: see triton.py
+vars(lacking)["_dynamo_marked_constant"] = True
+
+
+def granted(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
+
+
+def segment(device: torch.device, dtype: torch.dtype, head_size: int) -> int:
+    """Chunks between saved states, as many as shared memory allows; 0 if not even one."""
+    most, choices = granted(device), SEGMENTS[head_size, dtype.itemsize]
+    return next((chunks for wanted, chunks in choices if wanted <= most), 0)
+
+
+def options(r: Tensor, out: torch.dtype) -> tuple[str, ...]:
+    """What the sources leave open."""
+    N = r.shape[-1]
+    chosen = {"IO": TYPES[r.dtype], "OUT": TYPES[out], "N": N}
+    chosen["SEGMENT"] = segment(r.device, r.dtype, N)
+    return tuple(f"-D{key}={value}" for key, value in chosen.items())
+
+
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, save: bool) -> Tensor:
+    """Room for the states a backward pass needs: [D, K, B, H, N, N] in float16, K = 0 if none."""
+    B, T, H, N = r.shape
+    tokens = CHUNK * segment(r.device, r.dtype, N)
+    return r.new_empty(
+        directions, (T - 1) // tokens if save else 0, B, H, N, N, dtype=torch.float16
+    )
+
+
+def forward(
+    inputs: Sequence[Float[Tensor, "B T H N"]],
+    state: Float[Tensor, "D S H N N"] | None,
+    cu_seqlens: Int[Tensor, " n"] | None,
+    reverse: Sequence[bool],
+    save: bool,
+) -> tuple[Float[Tensor, "D B T H N"], Float[Tensor, "D S H N N"], Float[Tensor, "D K B H N N"]]:
+    """y, the last states, and the states between segments (K = 0 unless `save`).
+
+    As `chunked.forward`, but `cu_seqlens` stays on the device: neither checked nor waited for. A
+    decay below -0.7 stops the program with a device-side assertion.
+    """
+    r, *_ = inputs = of_one_type(inputs)
+    B, T, H, N = r.shape
+    D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
+    y = r.new_empty(D, B, T, H, N)
+    last = r.new_empty(D, S, H, N, N, dtype=torch.float32)
+    saved = empty_saved(r, D, save)
+    launch(
+        "forward", r, r.dtype, (S * H, D),
+        *inputs, as_float(state), offsets(cu_seqlens), y, last, saved if saved.numel() else None,
+        T, H, B, saved.shape[1], int(reverse[0]),
+    )  # fmt: skip
+    return y, last, saved
+
+
+def backward(
+    inputs: Sequence[Float[Tensor, "B T H N"]],
+    state: Float[Tensor, "D S H N N"] | None,
+    cu_seqlens: Int[Tensor, " n"] | None,
+    reverse: Sequence[bool],
+    saved: Float[Tensor, "D K B H N N"],
+    dy: Float[Tensor, "D B T H N"] | None,
+    dlast: Float[Tensor, "D S H N N"] | None,
+) -> tuple[list[Float[Tensor, "B T H N"]], Float[Tensor, "D S H N N"]]:
+    """Gradients of the six inputs, each in its dtype, and of the initial states."""
+    dtypes = [x.dtype for x in inputs]
+    r, *_ = inputs = of_one_type(inputs)
+    B, T, H, N = r.shape
+    D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
+    dy = r.new_zeros(D, B, T, H, N) if dy is None else dy.to(r.dtype).contiguous()
+    out = r.dtype if D == 1 else torch.float32
+    grads = [r.new_empty(D, B, T, H, N, dtype=out) for _ in inputs]
+    first = r.new_empty(D, S, H, N, N, dtype=torch.float32)
+    launch(
+        "backward", r, out, (S * H, D),
+        *inputs, as_float(state), offsets(cu_seqlens), saved, dy, as_float(dlast), *grads, first,
+        T, H, B, saved.shape[1], int(reverse[0]),
+    )  # fmt: skip
+    return [
+        g.sum(0).to(d) if D > 1 else g[0].to(d) for g, d in zip(grads, dtypes, strict=True)
+    ], first
+
+
+def of_one_type(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous, and in the dtype of r."""
+    return [x.to(inputs[0].dtype).contiguous() for x in inputs]
+
+
+def as_float(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.float().contiguous()
+
+
+def offsets(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+
+
+def launch(
+    name: str, r: Tensor, out: torch.dtype, grid: tuple[int, int], *arguments: Tensor | int | None
+) -> None:
+    """Run `csrc/NAME.cu` on the current stream of r's device; NUMBERS follow the pointers."""
+    driver = nvrtc.bindings("driver")
+
+    major, minor = torch.cuda.get_device_capability(r.device)
+    with torch.cuda.device_of(r):
+        device = torch.cuda.current_device()
+        function, shared = nvrtc.kernel(name, f"sm_{major}{minor}", options(r, out), device)
+        values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments)
+        types = (ctypes.c_void_p,) * (len(values) - len(NUMBERS)) + NUMBERS
+        stream = torch.cuda.current_stream().cuda_stream
+        nvrtc.ask(
+            driver.cuLaunchKernel(
+                function, *grid, 1, 2 * r.shape[-1], 1, 1, shared, stream, (values, types), 0
+            )
+        )
