@@ -1,0 +1,225 @@
+"""Our GPU kernels beside their peers; writes results/wkv7_gpu.json.
+
+    python benchmarks/wkv7.py                # a CUDA device; peers that are installed take part
+    python benchmarks/wkv7.py --quick        # one small shape, writes nothing
+
+Peers: fla-core (with chunks of 16, and with the settings of its own layer), rwkv-ops (with keras),
+flashrwkv2. No speed without correctness: y, the last state and all gradients are first compared
+with float64, and a kernel that is off by more than TOLERANCE is not timed. Inputs are brought into
+a peer's form before its time is taken, the L2 cache is flushed before every run, medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from wkv7_cpu import commit
+
+from goose_mm.kernels import available_kernels, wkv7
+
+RESULTS = Path(__file__).parent / "results" / "wkv7_gpu.json"
+TOLERANCE = 1e-2  # of the norm: peers with bfloat16 operands reach 5e-3
+SHAPES = [(8, 4096, 32), (8, 4096, 12), (4, 1024, 32), (64, 512, 12)]  # B, T, H; N = 64
+NAMES = ("r", "log_w", "k", "v", "kappa", "a")
+
+
+class Contender(NamedTuple):
+    prepare: Callable[..., list[Tensor]]  # from our six inputs to its own
+    run: Callable[..., tuple[Tensor, Tensor]]  # y, last state [B, H, value, key]
+
+
+def make(B: int, T: int, H: int, N: int = 64) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    r, d, k, v, kappa, a = torch.randn(6, B, T, H, N, device="cuda", generator=generator)
+    log_w = -(torch.tensor(-0.5).exp() * torch.sigmoid(d))
+    inputs = [r, log_w, k, v, torch.nn.functional.normalize(kappa, dim=-1), torch.sigmoid(a)]
+    return [x.bfloat16() for x in inputs]
+
+
+def ours(kernel: str) -> Contender:
+    return Contender(lambda *inputs: list(inputs), lambda *inputs: wkv7(*inputs, kernel=kernel))
+
+
+def fla(**settings: Any) -> Contender:
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    def run(*inputs):
+        y, state = chunk_rwkv7(*inputs, scale=1.0, output_final_state=True, **settings)
+        return y, state.mT
+
+    def prepare(r, log_w, k, v, kappa, a):
+        return [r, log_w, k, v, -kappa, kappa * a]
+
+    return Contender(prepare, run)
+
+
+def rwkv_ops() -> Contender:
+    os.environ["KERAS_BACKEND"] = "torch"
+    from rwkv_ops import get_generalized_delta_rule
+
+    def prepare(r, log_w, k, v, kappa, a):
+        return [r, torch.log(-log_w.float()).to(r.dtype), k, v, -kappa, kappa * a]
+
+    return Contender(prepare, get_generalized_delta_rule(64, KERNEL_TYPE="cuda")[0])
+
+
+def flashrwkv2() -> Contender:
+    from flashrwkv2.tmix.wkv7.tilelang import tmix_wkv7_recurrent
+
+    def prepare(r, log_w, k, v, kappa, a):
+        share = (-log_w.float() * torch.tensor(0.5).exp()).clamp(1e-6, 1 - 1e-6)
+        raw = torch.logit(share).to(r.dtype)
+        return [r, raw, k, v, -kappa, kappa * a]
+
+    def run(*inputs):
+        B, T, H, N = inputs[0].shape
+        state = inputs[0].new_zeros(B, H, N, N, dtype=torch.float32)
+        starts = torch.arange(0, B * T + 1, T, device="cuda", dtype=torch.int32)
+        y, last = tmix_wkv7_recurrent(*(x.reshape(B * T, H, N) for x in inputs), state, starts)
+        return y.view(B, T, H, N), last.mT
+
+    return Contender(prepare, run)
+
+
+def contenders() -> tuple[dict[str, Contender], dict[str, str]]:
+    """Those that can run here, and why the others cannot."""
+    layer = {"safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}
+    makers: dict[str, Callable[[], Contender]] = {
+        **{f"goose_mm {name}": lambda name=name: ours(name) for name in ("cuda", "triton")},
+        "fla-core, chunks of 16": lambda: fla(chunk_size=16),
+        "fla-core, as its layer": lambda: fla(**layer),
+        "rwkv-ops cuda": rwkv_ops,
+        "flashrwkv2": flashrwkv2,
+    }
+    found, absent = {}, {}
+    for name, create in makers.items():
+        kernel = name.removeprefix("goose_mm ")
+        if reason := available_kernels().get(kernel, ""):
+            absent[name] = reason
+            continue
+        try:
+            found[name] = create()
+        except Exception as error:  # peers fail to import in many ways
+            absent[name] = f"{type(error).__name__}: {error}"
+    return found, absent
+
+
+def training(run: Callable, inputs: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y, last = run(*inputs)
+    return y.detach(), last.detach(), *torch.autograd.grad(y, inputs, dy)
+
+
+def errors(contender: Contender) -> dict[str, float]:
+    """Relative to the norm in float64, on B2 T256 H3."""
+    inputs = make(2, 256, 3)
+    dy = torch.randn_like(inputs[0])
+    exact = training(ours("chunked").run, [x.double() for x in inputs], dy.double())
+    got = training(lambda *x: contender.run(*contender.prepare(*x)), inputs, dy)
+    names = ("y", "state", *(f"d{name}" for name in NAMES))
+    return {
+        name: float(f"{((x - want).norm() / want.norm()).item():.2e}")
+        for name, x, want in zip(names, got, exact, strict=True)
+    }
+
+
+def milliseconds(run: Callable[[], object]) -> dict[str, float]:
+    import triton
+
+    low, median, high = triton.testing.do_bench(run, warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8])
+    return {"median": round(median, 4), "p20": round(low, 4), "p80": round(high, 4)}
+
+
+def measure(contender: Contender, shape: tuple[int, int, int]) -> dict[str, Any]:
+    run, inputs = contender.run, contender.prepare(*make(*shape))
+    dy = torch.randn_like(inputs[0])
+    with torch.no_grad():
+        forward = milliseconds(lambda: run(*inputs))
+    both = milliseconds(lambda: training(run, inputs, dy))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    resting = torch.cuda.memory_allocated()
+    training(run, inputs, dy)
+    extra = (torch.cuda.max_memory_allocated() - resting) / 2**30
+    return {"forward": forward, "training": both, "extra_gib": round(extra, 3)}
+
+
+def floors(shape: tuple[int, int, int], copy: float) -> dict[str, float]:
+    """Milliseconds to move what must be moved, at the measured bandwidth of a copy [bytes/ms]."""
+    B, T, H = shape
+    unit = B * T * H * 64 * 2
+    return {"forward": round(7 * unit / copy, 4), "training": round(20 * unit / copy, 4)}
+
+
+def rates() -> dict[str, float]:
+    """Of this device: bytes a ms of a large copy, FLOP a ms of a large bfloat16 product."""
+    import triton
+
+    x, y = torch.randn(2, 2**28, device="cuda").unbind()
+    copy = 2 * x.nbytes / triton.testing.do_bench(lambda: y.copy_(x), return_mode="median")
+    del x, y
+    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16().unbind()
+    product = 2 * 8192**3 / triton.testing.do_bench(lambda: a @ b, return_mode="median")
+    return {"copy_bytes_per_ms": copy, "product_flop_per_ms": product}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small shape, nothing written")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing measured", file=sys.stderr)
+        return
+    torch.backends.cuda.matmul.allow_tf32 = True
+    speeds = rates()
+    found, absent = contenders()
+    report: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "hardware": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "dtype": "bfloat16, N 64",
+        **speeds,
+        "absent": absent,
+        "errors": {},
+        "shapes": {},
+    }
+    for name, contender in list(found.items()):
+        try:
+            report["errors"][name] = errors(contender)
+        except Exception as error:
+            report["absent"][name] = f"{type(error).__name__}: {error}"[:300]
+            del found[name]
+            continue
+        worst = max(report["errors"][name].values())
+        print(f"{name}: worst error {worst:.1e}", file=sys.stderr)
+        if not worst <= TOLERANCE:
+            report["absent"][name] = f"not timed: off by {worst:.1e} of the norm"
+            del found[name]
+    for shape in SHAPES[-1:] if options.quick else SHAPES:
+        row = report["shapes"]["B{} T{} H{}".format(*shape)] = {
+            "floor": floors(shape, speeds["copy_bytes_per_ms"])
+        }
+        for name, contender in found.items():
+            row[name] = measure(contender, shape)
+            told = {k: v["median"] if isinstance(v, dict) else v for k, v in row[name].items()}
+            print(shape, name, told, file=sys.stderr, flush=True)
+        if not options.quick:  # as it goes: a later kernel may not come back
+            new = options.out.with_suffix(".new")
+            new.write_text(json.dumps(report, indent=1) + "\n")
+            os.replace(new, options.out)
+
+
+if __name__ == "__main__":
+    main()
