@@ -6,13 +6,9 @@ found something broken, 2 bad input (one line says what and how to mend it), 130
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import io
-import itertools
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, PositionalMetavarFromFieldName, arg
-from tyro.extras import subcommand_cli_from_dict
+from tyro.conf import Positional, arg
 
 from goose_mm import __version__
 from goose_mm.config import load_recipe
-
-Call = Callable[[], "int | None"]
-MARKERS = (FlagCreatePairsOff, PositionalMetavarFromFieldName)
+from goose_mm.flags import Call, read, read_verb
 
 
 def ask(
@@ -176,7 +169,7 @@ def _parse_train(name: str, flags: Sequence[str]) -> Call:
             ("device", device, ""),
         ],
     )
-    chosen = _read(tyro.cli, run, flags, f"goose-mm train {name}", f"Train the recipe {name}.")
+    chosen = read(tyro.cli, run, flags, f"goose-mm train {name}", f"Train the recipe {name}.")
     return functools.partial(_train, chosen.recipe, chosen.out, chosen.device)
 
 
@@ -209,6 +202,53 @@ def convert(
     print(dst)
 
 
+def evaluate(
+    task: Positional[str],
+    *,
+    data: Path,
+    out: Path,
+    model: str = "",
+    split: str = "",
+    prompt: str = "",
+    ocr: bool = False,
+    blind: bool = False,
+    limit: int = 0,
+    shard: str = "0/1",
+    predictions: Path | None = None,
+    device: str = "",
+) -> None:
+    """Score a model on a benchmark. Killed, it goes on with the same command.
+
+    Args:
+        task: vqav2, textvqa, gqa, scienceqa, audioset, esc50, lambada, bits_per_byte, mmlu, or
+            lab for experiments: see `goose-mm eval lab --help`.
+        data: Folder of the benchmark's official files.
+        out: Folder of the run: predictions, report.md, report.json, figure.svg.
+        model: A shipped name, a folder, an official .pth or a hub id.
+        split: Part of the data, by the official name.
+        prompt: What to ask, with {question} in it.
+        ocr: Give TextVQA's OCR tokens with the question.
+        blind: Answer without the picture.
+        limit: Only this many items, the first.
+        shard: I/N: this process does part I of N.
+        predictions: Score this file instead of running a model.
+        device: cpu or cuda; cuda when there is one.
+    """
+    from goose_mm.eval import command
+    from goose_mm.eval.task import TaskOptions
+
+    def load(kind: str) -> tuple[str, Any]:
+        name = model or f"goose-tiny-{kind}"
+        return name, _load(name, kind, device)
+
+    options = TaskOptions(split=split, prompt=prompt, ocr=ocr, blind=blind, limit=limit)
+    report = command.evaluate(task, data, out, options, load, shard, predictions)
+    if report is not None:
+        for name, value in report["scores"].items():
+            print(f"{name}  {'not measured' if value is None else f'{value:.4g}'}")
+        print(out / "report.md", file=sys.stderr)
+
+
 def doctor() -> int:
     """Check this installation: versions that fit, devices, kernels, models. Exit 1 if broken."""
     from goose_mm.doctor import examine
@@ -234,7 +274,8 @@ def demo() -> None:
 
 
 VERBS: dict[str, Callable[..., int | None]] = {
-    f.__name__: f for f in (ask, tag, chat, train, convert, doctor, demo)
+    **{f.__name__: f for f in (ask, tag, chat, train, convert, doctor, demo)},
+    "eval": evaluate,
 }
 
 
@@ -269,37 +310,13 @@ def _parse(argv: list[str]) -> Call:
             return functools.partial(print, f"goose-mm {__version__}")
         case ["train", name, *flags] if not name.startswith("-"):
             return _parse_train(name, flags)
-        case [verb, *_] if verb not in VERBS and not verb.startswith("-"):
-            raise ValueError(f"there is no verb {verb!r}; the verbs are {', '.join(VERBS)}")
-    verbs = {name: _deferred(verb) for name, verb in VERBS.items()}
-    about = "RWKV-7 Goose for text, pictures and sound."
-    return _read(subcommand_cli_from_dict, verbs, argv or ["--help"], "goose-mm", about)
+        case ["eval", "lab", *flags]:
+            from goose_mm.lab.command import VERBS as EXPERIMENTS
 
-
-def _read(parse: Callable[..., Any], what: Any, argv: Sequence[str], prog: str, about: str) -> Any:
-    """What tyro makes of the flags; its boxed complaints become a ValueError of one line."""
-    boxes = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(boxes):
-            return parse(what, args=argv, prog=prog, description=about, config=MARKERS)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    text = re.sub(r"\x1b\[[\d;]*m", "", boxes.getvalue())
-    rows = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()[1:]]  # the first is a title
-    said = " ".join(itertools.takewhile(bool, rows))
-    verb = f" {argv[0]}" if argv[0] in VERBS else ""
-    raise ValueError(f"{said.rstrip('.')}; see `{prog}{verb} --help`")
-
-
-def _deferred(verb: Callable[..., Any]) -> Callable[..., Call]:
-    """`verb` with its signature, but its call is handed back instead of made."""
-
-    @functools.wraps(verb)
-    def bind(*args: Any, **kwargs: Any) -> Any:
-        return functools.partial(verb, *args, **kwargs)
-
-    return bind
+            return read_verb(
+                EXPERIMENTS, flags, "goose-mm eval lab", "Experiments on the backbone."
+            )
+    return read_verb(VERBS, argv, "goose-mm", "RWKV-7 Goose for text, pictures and sound.")
 
 
 def _must_exist(path: str) -> None:

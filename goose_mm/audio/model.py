@@ -121,6 +121,13 @@ class AudioRWKV7(nn.Module):
         self, clips: Iterable[Any], sample_rate: int | None = None
     ) -> Float[Tensor, "n labels"]:
         """Sigmoid scores of every label for every clip, on the CPU."""
+        return self.logits(clips, sample_rate).sigmoid()
+
+    @torch.inference_mode()
+    def logits(
+        self, clips: Iterable[Any], sample_rate: int | None = None
+    ) -> Float[Tensor, "n labels"]:
+        """The same before the sigmoid, which rounds scores near 0 and 1 together."""
         windows = (
             (index, window)
             for index, clip in enumerate(clips)
@@ -138,7 +145,7 @@ class AudioRWKV7(nn.Module):
                     parts[index].append(Pooled(*pooled))
             if not parts:
                 return torch.zeros(0, len(self.labels))
-            return self._logits(torch.stack([_merge(clip) for clip in parts])).sigmoid().cpu()
+            return self._logits(torch.stack([_merge(clip) for clip in parts])).cpu()
         finally:
             self.train(training)
 

@@ -1,0 +1,1 @@
+"""Metrics and benchmark runs; importing this package imports none of them."""

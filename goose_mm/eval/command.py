@@ -1,0 +1,67 @@
+"""`goose-mm eval`: from a benchmark's files and a model, or its predictions, to a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from goose_mm.eval import runner
+from goose_mm.eval.report import write_report
+from goose_mm.eval.task import Task, TaskOptions
+
+TASKS = {  # name -> where it is; imported when asked for
+    "vqav2": ("vision_tasks", "VQAv2"),
+    "textvqa": ("vision_tasks", "TextVQA"),
+    "gqa": ("vision_tasks", "GQA"),
+    "scienceqa": ("vision_tasks", "ScienceQA"),
+    "audioset": ("audio_tasks", "AudioSet"),
+    "esc50": ("audio_tasks", "ESC50"),
+    "lambada": ("text_tasks", "Lambada"),
+    "bits_per_byte": ("text_tasks", "BitsPerByte"),
+    "mmlu": ("text_tasks", "MMLU"),
+}
+
+
+def open_task(name: str, data: Path, options: TaskOptions) -> Task:
+    """A benchmark by name. ValueError if there is none; FileNotFoundError says what it lacks."""
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, and lab")
+    module, kind = TASKS[name]
+    return getattr(import_module(f"goose_mm.eval.{module}"), kind)(data, options)
+
+
+def evaluate(
+    name: str,
+    data: Path,
+    out: Path,
+    options: TaskOptions,
+    load: Callable[[str], tuple[str, Any]],
+    shard: str = "0/1",
+    predictions: Path | None = None,
+) -> dict[str, Any] | None:
+    """Run or go on with an evaluation; the report, or None while other shards are at work.
+
+    `load` gives the model's name and the model of a kind ("vision", "audio", "text").
+    With `predictions`, those of this file are scored instead, and no model is loaded.
+    """
+    place = parse_shard(shard)
+    task = open_task(name, data, options)
+    if predictions is None:
+        called, model = load(task.kind)
+        return runner.run(task, model, called, out, place)
+    found = runner.read_foreign(predictions, task)
+    out.mkdir(parents=True, exist_ok=True)
+    runner.settle(out, {"model": f"file {predictions.name}", **runner.describe(task)})
+    settings = json.loads((out / "settings.json").read_text())
+    return write_report(task, settings, found, out)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "I/N" with 0 <= I < N."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(f"--shard is I/N with I from 0 to N - 1, as 0/2; got {text!r}")
+    return int(index), int(count)

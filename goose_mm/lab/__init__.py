@@ -1,0 +1,1 @@
+"""Experiments on the backbone itself: what its recurrence can compute, by construction."""

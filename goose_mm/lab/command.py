@@ -1,0 +1,97 @@
+"""`goose-mm eval lab`: the experiments as verbs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+def learn(
+    task: Positional[str],
+    *,
+    out: Path,
+    layers: tuple[int, ...] = (1, 2),
+    swaps: bool = False,
+    steps: int = 10_000,
+    length: int = 64,
+    dim: int = 128,
+    batch_size: int = 512,
+    lr: float = 2e-3,
+    max_minutes: float = 10,
+    workers: int = 1,
+    device: str = "cpu",
+) -> None:
+    """Train RWKV-7, a transformer and a diagonal RNN of equal size on a task; one figure.
+
+    Args:
+        task: A group, as S5, A5, Z60, parity, S3; or mqar, recall, noisy_recall, fuzzy_recall,
+            selective_copying, memorisation.
+        out: Folder of the results.
+        layers: How many; each is a model.
+        swaps: Only swaps of two as tokens, instead of every element of the group.
+        steps: At most, of each model.
+        length: Tokens of the longest training texts; twice and four times that is tested.
+        dim: Width of the models.
+        batch_size: Texts of a step.
+        lr: Learning rate.
+        max_minutes: At most, of each model.
+        workers: Models that are trained at once.
+        device: cpu or cuda.
+    """
+    from goose_mm.lab.experiment import compare
+
+    options = {"generators": "swaps"} if swaps else {}
+    what = {
+        "task": task, "options": options, "steps": steps, "length": length, "dim": dim,
+        "batch_size": batch_size, "lr": lr, "start_length": min(8, length),
+    }  # fmt: skip
+    compare(what, out, layers=layers, device=device, workers=workers, max_minutes=max_minutes)
+    print(out / "accuracy.svg")
+
+
+def regular(
+    expression: Positional[str],
+    *words: Positional[str],
+    precision: Literal["float64", "float32"] = "float64",
+) -> None:
+    """Compile a regular expression into the weights of an RWKV-7; say which words it accepts.
+
+    Args:
+        expression: Such as "(ab|ba)*": letters, |, *, +, ?, brackets.
+        words: Words to read.
+        precision: Of the weights and the state.
+    """
+    import torch
+
+    from goose_mm.lab.regular import compile_regex
+
+    model = compile_regex(expression, dtype=getattr(torch, precision))
+    for word, accepted in zip(words, model.accepts(list(words)), strict=True):
+        print(f"{word}  {'yes' if accepted else 'no'}")
+
+
+def automata(
+    *,
+    count: int = 200,
+    max_length: int = 1000,
+    precision: Literal["float64", "float32"] = "float64",
+    seed: int = 0,
+) -> None:
+    """Compile random automata, read random words with them, and count the errors.
+
+    Args:
+        count: How many automata, of 2 to 6 states and 2 or 3 symbols.
+        max_length: Symbols of the longest words.
+        precision: Of the weights and the state.
+        seed: Of automata and words.
+    """
+    from goose_mm.lab.regular_report import check_random
+
+    print(json.dumps(check_random(count, max_length, precision, seed), indent=1))
+
+
+VERBS: dict[str, Callable[..., None]] = {"learn": learn, "regular": regular, "automata": automata}
