@@ -37,12 +37,13 @@ def compiled(name: str, options: tuple[str, ...]) -> ctypes.CDLL:
 
 def launch(name, r, out, grid, *arguments) -> None:
     """As `cuda.launch`, with everything in the memory of the host."""
-    count = len(arguments) - len(cuda.NUMBERS)
+    count = len(arguments) - cuda.NUMBERS
     pointers = (ctypes.c_void_p * count)(
         *(None if x is None else x.data_ptr() for x in arguments[:count])
     )
-    numbers = (ctypes.c_longlong * len(cuda.NUMBERS))(*arguments[count:])
-    failure = compiled(name, cuda.options(r, out)).run(pointers, numbers, *grid)
+    numbers = (ctypes.c_longlong * cuda.NUMBERS)(*arguments[count:])
+    flags = cuda.options.__wrapped__(r.device, r.dtype, r.shape[-1], out)
+    failure = compiled(name, flags).run(pointers, numbers, *grid)
     if failure:
         raise RuntimeError(failure.decode())
 

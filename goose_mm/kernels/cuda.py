@@ -7,8 +7,8 @@ gradients a training step holds a state of 16 bits for every few chunks of 16 to
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,12 +25,12 @@ HEAD_SIZES = (64, 128)
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 # (head size, bytes of a number) -> (shared memory that a block needs, chunks of a segment)
 SEGMENTS = {
-    (64, 2): ((115_488, 3), (88_864, 2)),
-    (64, 4): ((158_496, 3), (117_536, 2), (91_648, 1)),
-    (128, 2): ((221_760, 2), (154_176, 1)),
-    (128, 4): ((182_848, 1),),
+    (64, 2): ((115_296, 3), (88_672, 2)),
+    (64, 4): ((158_304, 3), (117_344, 2), (83_968, 1)),
+    (128, 2): ((221_856, 2), (154_272, 1)),
+    (128, 4): ((182_944, 1),),
 }
-NUMBERS = (ctypes.c_longlong, ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_int)
+NUMBERS = 5  # T, heads, rows, slots, reverse: what follows the pointers
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
@@ -46,7 +46,7 @@ def lacking(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it needs an NVIDIA GPU, the tensors are on {device}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if granted(device) == 0:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if not segment(device, dtype, head_size):
         return f"{torch.cuda.get_device_name(device)} has too little shared memory for {head_size}"
@@ -57,10 +57,11 @@ def lacking(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
 vars(lacking)["_dynamo_marked_constant"] = True
 
 
+@cache
 def granted(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have."""
+    """Bytes of shared memory that a block may have; 0 on what is too old."""
     properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin
+    return properties.shared_memory_per_block_optin if properties.major >= 8 else 0
 
 
 def segment(device: torch.device, dtype: torch.dtype, head_size: int) -> int:
@@ -69,11 +70,13 @@ def segment(device: torch.device, dtype: torch.dtype, head_size: int) -> int:
     return next((chunks for wanted, chunks in choices if wanted <= most), 0)
 
 
-def options(r: Tensor, out: torch.dtype) -> tuple[str, ...]:
+@cache
+def options(
+    device: torch.device, dtype: torch.dtype, head_size: int, out: torch.dtype
+) -> tuple[str, ...]:
     """What the sources leave open."""
-    N = r.shape[-1]
-    chosen = {"IO": TYPES[r.dtype], "OUT": TYPES[out], "N": N}
-    chosen["SEGMENT"] = segment(r.device, r.dtype, N)
+    chosen = {"IO": TYPES[dtype], "OUT": TYPES[out], "N": head_size}
+    chosen["SEGMENT"] = segment(device, dtype, head_size)
     return tuple(f"-D{key}={value}" for key, value in chosen.items())
 
 
@@ -128,16 +131,17 @@ def backward(
     D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
     dy = r.new_zeros(D, B, T, H, N) if dy is None else dy.to(r.dtype).contiguous()
     out = r.dtype if D == 1 else torch.float32
-    grads = [r.new_empty(D, B, T, H, N, dtype=out) for _ in inputs]
+    shape = r.shape if D == 1 else (D, *r.shape)
+    grads = [r.new_empty(shape, dtype=out) for _ in inputs]
     first = r.new_empty(D, S, H, N, N, dtype=torch.float32)
     launch(
         "backward", r, out, (S * H, D),
         *inputs, as_float(state), offsets(cu_seqlens), saved, dy, as_float(dlast), *grads, first,
         T, H, B, saved.shape[1], int(reverse[0]),
     )  # fmt: skip
-    return [
-        g.sum(0).to(d) if D > 1 else g[0].to(d) for g, d in zip(grads, dtypes, strict=True)
-    ], first
+    if D > 1:
+        grads = [g.sum(0) for g in grads]
+    return [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)], first
 
 
 def of_one_type(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -156,18 +160,19 @@ def offsets(cu_seqlens: Tensor | None) -> Tensor | None:
 def launch(
     name: str, r: Tensor, out: torch.dtype, grid: tuple[int, int], *arguments: Tensor | int | None
 ) -> None:
-    """Run `csrc/NAME.cu` on the current stream of r's device; NUMBERS follow the pointers."""
-    driver = nvrtc.bindings("driver")
-
-    major, minor = torch.cuda.get_device_capability(r.device)
+    """Run `csrc/NAME.cu` on the current stream of r's device; NUMBERS numbers come last."""
+    function, threads, shared = loaded(name, r.device, r.dtype, r.shape[-1], out)
+    values = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
     with torch.cuda.device_of(r):
-        device = torch.cuda.current_device()
-        function, shared = nvrtc.kernel(name, f"sm_{major}{minor}", options(r, out), device)
-        values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments)
-        types = (ctypes.c_void_p,) * (len(values) - len(NUMBERS)) + NUMBERS
-        stream = torch.cuda.current_stream().cuda_stream
-        nvrtc.ask(
-            driver.cuLaunchKernel(
-                function, *grid, 1, 2 * r.shape[-1], 1, 1, shared, stream, (values, types), 0
-            )
-        )
+        stream = torch._C._cuda_getCurrentRawStream(r.get_device())
+        nvrtc.launch(function, (*grid, 1), threads, shared, stream, values)
+
+
+@cache
+def loaded(
+    name: str, device: torch.device, dtype: torch.dtype, head_size: int, out: torch.dtype
+) -> tuple[Any, int, int]:
+    """The kernel, its threads and its bytes of shared memory."""
+    major, minor = torch.cuda.get_device_capability(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return nvrtc.kernel(name, f"sm_{major}{minor}", options(device, dtype, head_size, out), index)

@@ -6,6 +6,7 @@ under a hash of everything it depends on; processes that race write the same byt
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import tempfile
@@ -17,11 +18,13 @@ from typing import Any
 SOURCES = ("device.cuh", "chunk.cuh")  # headers of every kernel
 
 
+@cache
 def bindings(name: str) -> Any:
     """`cuda.bindings.NAME`: "nvrtc" or "driver"."""
     return import_module(f"cuda.bindings.{name}")
 
 
+@cache
 def missing() -> str:
     """What keeps this installation from compiling; empty if nothing."""
     try:
@@ -84,18 +87,49 @@ def cubin(name: str, arch: str, options: tuple[str, ...]) -> bytes:
     return compiled
 
 
-@cache
-def kernel(name: str, arch: str, options: tuple[str, ...], device: int) -> tuple[Any, int]:
-    """The kernel `wkv7_NAME` ready for a device, and the bytes of shared memory it wants."""
+def kernel(name: str, arch: str, options: tuple[str, ...], device: int) -> tuple[Any, int, int]:
+    """The kernel `wkv7_NAME` ready for a device, its threads, its bytes of shared memory."""
     driver = bindings("driver")
 
+    enter(device)
     image = cubin(name, arch, options)
     library = ask(driver.cuLibraryLoadData(image, [], [], 0, [], [], 0))
     found = ask(driver.cuLibraryGetKernel(library, f"wkv7_{name}".encode()))
+    _, threads = ask(driver.cuLibraryGetGlobal(library, b"block_size"))
     _, shared = ask(driver.cuLibraryGetGlobal(library, b"shared_size"))
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     ask(driver.cuKernelSetAttribute(most, shared, found, driver.CUdevice(device)))
-    return driver.CUfunction(int(found)), shared
+    return driver.CUfunction(int(found)), threads, shared
+
+
+def enter(device: int) -> None:
+    """Make the device's context current: a thread of autograd may have none yet."""
+    driver = bindings("driver")
+
+    if not int(ask(driver.cuCtxGetCurrent())):
+        ask(driver.cuCtxSetCurrent(ask(driver.cuDevicePrimaryCtxRetain(device))))
+
+
+def launch(
+    function: Any,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    stream: int,
+    arguments: list[int],
+) -> None:
+    """Start a kernel with pointers and integers, on a stream of the current device."""
+    driver = bindings("driver")
+
+    count = len(arguments)
+    values = (ctypes.c_ulonglong * count)(*arguments)
+    first = ctypes.addressof(values)
+    places = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+    ask(
+        driver.cuLaunchKernel(
+            function, *grid, threads, 1, 1, shared, stream, ctypes.addressof(places), 0
+        )
+    )
 
 
 def ask(answer: tuple[Any, ...]) -> Any:

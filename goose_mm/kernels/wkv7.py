@@ -20,7 +20,7 @@ from goose_mm.kernels.reference import by_definition, work_dtype
 Direction = Literal["forward", "backward", "both"]
 REVERSE = {"forward": (False,), "backward": (True,), "both": (False, True)}
 # First choice first; "reference" stands for the definition itself.
-KERNELS = {"triton": triton, "chunked": chunked, "cuda": cuda}
+KERNELS = {"cuda": cuda, "triton": triton, "chunked": chunked}
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
 
 
@@ -95,8 +95,9 @@ def available_kernels() -> dict[str, str]:
 def choose(kernel: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The kernel to use: "auto" takes the first that works, a named one that does not raises."""
     if kernel == "auto":
-        usable = (n for n, m in KERNELS.items() if not m.unavailable(device, dtype, head_size))
-        return next(usable)
+        # cuda's products take 11 bits: enough for 16-bit tensors, but float32 asks for more
+        names = (n for n in KERNELS if n != "cuda" or dtype != torch.float32)
+        return next(n for n in names if not KERNELS[n].unavailable(device, dtype, head_size))
     if kernel != "reference" and kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; known: {['auto', *KERNELS, 'reference']}")
     if kernel in KERNELS and (reason := KERNELS[kernel].unavailable(device, dtype, head_size)):

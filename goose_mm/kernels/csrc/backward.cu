@@ -15,6 +15,7 @@
 enum { dY_ = INPUTS, LOADS };
 enum { drk_, dre_, dak_, dae_ };
 constexpr int SPAN = SEGMENT * Q;
+constexpr int MAKERS = 4, THREADS = 64 * WARPS;  // on the way back two warps share 16 values, or 16 keys
 
 struct Shared {
   IO inputs[SEGMENT][LOADS][Q * N];
@@ -23,10 +24,11 @@ struct Shared {
   Squares squares[SEGMENT];
   f16 S0[SEGMENT][N * N];          // TOKENS [values, keys]
   f16 f_t[SEGMENT][N * Q];         // SQUARE [values, tokens]
-  f16 P[N * N], dz_t[N * Q], dY[Q * N];
+  f16 P[N * N], dz_t[N * Q];       // while states are found again, room for a second chunk
+  f16 dY[Q * N];
   Squares dscores;                 // drk, dre, dak, dae
-  float running[(Q + 1) * N];      // g - c, from before the first token on
-  float decay[2][N], carry[WARPS][N], ae[Q * Q], largest[2][WARPS];
+  float running[(Q + 1) * RUNNING];      // g - c, from before the first token on
+  float decay[3][N], carry[WARPS][N], largest[2][2 * WARPS];
 };
 
 template <int (*at)(int, int)> DEVICE void store_operand(f16* to, const u32 (&x)[4], int row, int col, const Lane& l) {
@@ -43,27 +45,29 @@ template <int half> DEVICE void halve(float* x, bool upper, int mask) {
   }
 }
 
-// Sum over the 16 values of a warp of x [16 values, N keys], for each key.
-DEVICE void sum_values(float* to, const State& P, const f16* S0, const Lane& l) {
-  constexpr int KEEP = N / 32;
-  float x[N / 4];
-  int value = (thread() >> 5) * 16 + l.group;
+// Sum over the 16 values of a warp of P S0, for each of its keys.
+template <int J> DEVICE void sum_values(float* to, const float (&P)[J][4], const f16* S0, const Lane& l) {
+  float x[2 * J];
 #pragma unroll
-  for (int j = 0; j < N / 8; j++) {
-    float2 a = load_pair(S0 + tokens_at(value, 8 * j + l.pair));
-    float2 b = load_pair(S0 + tokens_at(value + 8, 8 * j + l.pair));
+  for (int j = 0; j < J; j++) {
+    int key = l.key + 8 * j + l.pair;
+    float2 a = load_pair(S0 + tokens_at(l.value + l.group, key));
+    float2 b = load_pair(S0 + tokens_at(l.value + l.group + 8, key));
     x[2 * j] = P[j][0] * a.x + P[j][2] * b.x;
     x[2 * j + 1] = P[j][1] * a.y + P[j][3] * b.y;
   }
-  // Each step halves the keys a lane is in charge of: group g keeps those from 4 * KEEP * g on.
-  halve<N / 8>(x, l.lane & 16, 16);
-  halve<N / 16>(x, l.lane & 8, 8);
-  halve<N / 32>(x, l.lane & 4, 4);
+  // Each step halves what a lane is in charge of: group g keeps x[g * J / 4] and on.
+  halve<J>(x, l.lane & 16, 16);
+  halve<J / 2>(x, l.lane & 8, 8);
+  halve<J / 4>(x, l.lane & 4, 4);
 #pragma unroll
-  for (int j = 0; j < KEEP / 2; j++) store_pair(to + 8 * (KEEP / 2 * l.group + j) + l.pair, x[2 * j], x[2 * j + 1]);
+  for (int i = 0; i < J / 4; i++) {
+    int j = l.group * (J / 4) + i;
+    to[l.key + 8 * (j >> 1) + l.pair + (j & 1)] = x[i];
+  }
 }
 
-KERNEL(THREADS, N == 64 && sizeof(IO) == 2 ? 2 : 1) wkv7_backward(
+KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
     const IO* r, const IO* log_w, const IO* k, const IO* v, const IO* kappa, const IO* a,
     const float* state,     // [D, S, H, N, N] or null
     const int* cu_seqlens,  // [S + 1] or null
@@ -74,31 +78,26 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 ? 2 : 1) wkv7_backward(
     float* dstate,          // [D, S, H, N, N]
     i64 T, int heads, int rows, i64 slots, int reverse) {
   Shared& shared = *(Shared*)shared_memory();
-  const Lane l;
-  int head = block_x() % heads, s = block_x() / heads, warp = thread() >> 5;
+  const Lane l(0, 2);
+  int head = block_x() % heads, s = block_x() / heads, warp = l.warp, half = warp & 1;
   i64 d = block_y(), here = (d * blocks_x() + block_x()) * N * N, whole = d * rows * T * heads * N;
-  const IO* inputs[LOADS] = {r, log_w, k, v, kappa, a, dy + whole};
   const Sequence sequence(cu_seqlens, s, head, heads, T, d + reverse == 1);
   int chunks = (sequence.length + Q - 1) / Q, segments = (chunks + SEGMENT - 1) / SEGMENT;
   i64 row = cu_seqlens ? 0 : s;
+  bool maker = warp >= WARPS;
 
-  State G = {};
-  if (dlast)
-    each_pair(G, l, [&](int value, int key, float& x, float& y) {
-      float2 given = load_pair(dlast + here + value * N + key);
-      x = given.x, y = given.y;
-    });
+  float G[N / 16][4] = {};
+  if (dlast) load_state(G, dlast + here, l);
 
   // Chunk i of a segment lies in slot i or, in every second segment, SEGMENT - 1 - i: so a segment moves
-  // in as the one after it is done with.
+  // in as the one after it is done with. Four warps fetch, and make the chunks while states are found again.
+  const IO* inputs[LOADS] = {r, log_w, k, v, kappa, a, dy + whole};
   int requested = 0, arrived = 0;
   auto slot_of = [](int segment, int i) { return segment & 1 ? SEGMENT - 1 - i : i; };
   auto request = [&](int segment, int i) {
     int c = segment * SEGMENT + i;
-    if (segment < 0 || c >= chunks) return;
-#pragma unroll
-    for (int t = 0; t < LOADS; t++) fetch(shared.inputs[slot_of(segment, i)][t], inputs[t], sequence, c);
-    copy_commit();
+    if (!maker || warp >= WARPS + MAKERS || segment < 0 || c >= chunks) return;
+    fetch<MAKERS>(shared.inputs[slot_of(segment, i)], inputs, sequence, c, Lane(WARPS));
     requested++;
   };
   auto await = [&] {
@@ -112,65 +111,76 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 ? 2 : 1) wkv7_backward(
 
   for (int segment = segments - 1; segment >= 0; segment--) {
     int count = chunks - segment * SEGMENT < SEGMENT ? chunks - segment * SEGMENT : SEGMENT;
+    // The last chunk is made into shared.chunk, where the way back begins; the one before it into P and dz.
+    auto chunk_of = [&](int i) -> Chunk& { return (count - 1 - i) & 1 ? *(Chunk*)shared.P : shared.chunk; };
     sync_threads();  // the last slot of the segment after this one is free
     if (segment < segments - 1) request(segment, SEGMENT - 1);
-    {  // the states before each chunk, and what was found there
-      State S = {};
+    if (maker) {
+      const Lane making(WARPS);
+      for (int i = 0; i < count; i++) {
+        if (making.warp < MAKERS) {
+          const auto& raw = shared.inputs[slot_of(segment, i)];
+          bool end = i == count - 1;
+          await();
+          sync_some<1, 32 * MAKERS>();  // the inputs are here
+          for (int col = 0; col < N; col += 64) sum_decay<false>(shared.carry[0], raw[log_w_], col, making);
+          sync_some<1, 32 * MAKERS>();
+          for (int col = 0; col < N; col += 64)
+            prepare<4>(chunk_of(i), raw, shared.carry[0], shared.decay[i % 3], end ? shared.running : nullptr,
+                       end ? shared.rest : nullptr, 4 * making.warp, col, making);
+          sync_some<1, 32 * MAKERS>();
+          relate(chunk_of(i), shared.squares[i], shared.carry[0], making);
+        }
+        sync_threads();  // this chunk is made, and the one before it is read
+      }
+    } else {  // the states before each chunk, and what was found there
+      const Lane l;
+      float S[N / 8][4] = {};
       if (segment > 0) {
         i64 slot = (sequence.first + segment * SPAN) / SPAN - 1;
-        const f16* from = saved + (((d * slots + slot) * rows + row) * heads + head) * N * N;
-        each_pair(S, l, [&](int value, int key, float& x, float& y) {
-          float2 given = load_pair(from + value * N + key);
-          x = given.x, y = given.y;
-        });
+        load_state(S, saved + (((d * slots + slot) * rows + row) * heads + head) * N * N, l);
       } else if (state) {
-        each_pair(S, l, [&](int value, int key, float& x, float& y) {
-          float2 given = load_pair(state + here + value * N + key);
-          x = given.x, y = given.y;
-        });
+        load_state(S, state + here, l);
       }
       for (int i = 0; i < count; i++) {
-        await();
         sync_threads();
-        prepare(shared.chunk, shared.inputs[slot_of(segment, i)], shared.decay[i & 1], nullptr, nullptr);
-        sync_threads();
-        relate(shared.chunk, shared.squares[i], shared.ae, l);
-        each_pair(S, l, [&](int, int key, float& x, float& y) {
-          float2 old = i ? load_pair(shared.decay[~i & 1] + key) : float2{1, 1};
-          float2 now = load_pair(shared.decay[i & 1] + key);
-          x *= old.x * now.x, y *= old.y * now.y;
-        });
-        Operand s0;
+        const Chunk& chunk = chunk_of(i);
+        if (i == 0) scale(S, shared.decay[0], 1, l);
+        else scale(S, shared.decay[(i - 1) % 3], shared.decay[i % 3], l);
+        u32 s0[N / 16][4], v_t[4], x[4];
         as_operand(s0, S);
 #pragma unroll
-        for (int key = 0; key < N; key += 16) store_operand<tokens_at>(shared.S0[i], s0[key / 16], warp * 16, key, l);
-        sync_threads();
-        float f[2][4];
-        u32 v_t[4], x[4];
-        left_of_transposed<tokens_at>(v_t, shared.chunk.V, l, warp * 16, 0);
-        find(f, s0, v_t, shared.chunk, shared.squares[i], l);
+        for (int key = 0; key < N; key += 16) store_operand<tokens_at>(shared.S0[i], s0[key / 16], l.value, key, l);
+        float z[2][4] = {}, f[2][4] = {};
+        left_of_transposed<tokens_at>(v_t, chunk.V, l, l.value, 0);
+        find(z, s0, v_t, chunk, shared.squares[i], l);
+        if (i < count - 1) add_product(S, v_t, chunk.K, l);
+        solve(f, z, shared.squares[i], l);
         as_operand(x, f);
-        store_operand<square_at>(shared.f_t[i], x, warp * 16, 0, l);
-        if (i == count - 1) continue;
+        store_operand<square_at>(shared.f_t[i], x, l.value, 0, l);
         as_operand(x, f, -1);
-        add_product(S, v_t, shared.chunk.K, l);
-        add_product(S, x, shared.chunk.E, l);
+        if (i < count - 1) add_product(S, x, chunk.E, l);
       }
     }
     for (int i = count - 1; i >= 0; i--) {
+      const Chunk& chunk = shared.chunk;
       const Squares& squares = shared.squares[i];
       const f16 *S0 = shared.S0[i], *f_t = shared.f_t[i];
       const auto& raw = shared.inputs[slot_of(segment, i)];
-      int c = segment * SEGMENT + i;
+      float* decay = shared.decay[i % 3];
+      int c = segment * SEGMENT + i, token = 2 * (warp & 7), col = warp / 8 * 64, channel = col + l.lane * 2;
+      bool made = i == count - 1;
+      if (!made && warp < N / 16) sum_decay<false>(shared.carry[0], raw[log_w_], warp / 4 * 64, l);
       sync_threads();  // nobody reads the last chunk any more
-      if (i < count - 1) request(segment - 1, SEGMENT - 2 - i);
-      prepare(shared.chunk, raw, shared.decay[0], shared.running, shared.rest);
-      int token = (warp & 3) * 4, channel = (warp >> 2) * 64 + l.lane * 2;
-      float2 dout[4];
+      if (!made) {
+        request(segment - 1, SEGMENT - 2 - i);
+        prepare<2>(shared.chunk, raw, shared.carry[0], decay, shared.running, shared.rest, token, col, l);
+      }
+      float2 dout[2];
       float top = 0;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        dout[j] = load_pair(raw[dY_] + (token + j) * N + channel);
+      for (int j = 0; j < 2; j++) {
+        dout[j] = load_pair(raw[dY_] + tokens_at(token + j, channel));
         top = largest(top, largest(magnitude(dout[j].x), magnitude(dout[j].y)));
       }
       each_pair(G, l, [&](int, int, float& x, float& y) { top = largest(top, largest(magnitude(x), magnitude(y))); });
@@ -179,31 +189,49 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 ? 2 : 1) wkv7_backward(
       if (l.lane == 0) shared.largest[i & 1][warp] = top;
       sync_threads();  // the inputs as f16, and how large the gradients are
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) top = largest(top, shared.largest[i & 1][w]);
+      for (int w = 0; w < 2 * WARPS; w++) top = largest(top, shared.largest[i & 1][w]);
       u32 exponent = float_bits(top) >> 23;
       exponent = exponent < 32 ? 32 : exponent > 222 ? 222 : exponent;
-      float up = bits_float((254 - exponent) << 23), down = bits_float(exponent << 23);
+      float up = bits_float((254 - exponent) << 23), down = bits_float(exponent << 23), shift = (int)exponent - 127;
 #pragma unroll
-      for (int j = 0; j < 4; j++)
+      for (int j = 0; j < 2; j++)
         store_pair(shared.dY + tokens_at(token + j, channel), dout[j].x * up, dout[j].y * up);
-      scale(G, shared.decay[0], up, l);  // now P
-      Operand p;
-      as_operand(p, G);
+      scale(G, decay, up, l);  // now P
+      {
+        u32 p[N / 32][4];
+        as_operand(p, G);
 #pragma unroll
-      for (int key = 0; key < N; key += 16) store_operand<tokens_at>(shared.P, p[key / 16], warp * 16, key, l);
-      sum_values(shared.carry[warp], G, S0, l);
+        for (int k = 0; k < N / 32; k++) store_operand<tokens_at>(shared.P, p[k], l.value, l.key + 16 * k, l);
+      }
+      sum_values(shared.carry[l.value / 16], G, S0, l);
       sync_threads();  // dY and P are here
 
+      // One of the two warps finds dz of their values, the other dV.
       u32 dy_t[4], dz_t[4], x[4], b[4];
-      left_of_transposed<tokens_at>(dy_t, shared.dY, l, warp * 16, 0);
-      {
-        float minus[2][4] = {}, dz[2][4] = {}, out[2][4] = {};
+      float dV[2][4] = {};
+      left_of_transposed<tokens_at>(dy_t, shared.dY, l, l.value, 0);
+      if (half) {
 #pragma unroll
         for (int key = 0; key < N; key += 16) {
-          right_of_transposed<tokens_at>(b, shared.chunk.E, l, 0, key);
-          multiply_add(minus, p[key / 16], b);
+          u32 p[4];
+          left<tokens_at>(p, shared.P, l, l.value, key);
+          left<tokens_at>(x, chunk.K, l, 0, key);
+          multiply_add_flipped(dV, x, p);
+          left<tokens_at>(x, shared.rest[0], l, 0, key);
+          multiply_add_flipped(dV, x, p);
+        }
+        left_of_transposed<square_at>(x, squares[rk_], l, 0, 0);
+        multiply_add_flipped(dV, x, dy_t);
+      } else {
+        float minus[2][4] = {}, dz[2][4] = {};
+#pragma unroll
+        for (int key = 0; key < N; key += 16) {
+          u32 p[4];
+          left<tokens_at>(p, shared.P, l, l.value, key);
+          right_of_transposed<tokens_at>(b, chunk.E, l, 0, key);
+          multiply_add(minus, p, b);
           right_of_transposed<tokens_at>(b, shared.rest[1], l, 0, key);
-          multiply_add(minus, p[key / 16], b);
+          multiply_add(minus, p, b);
         }
         right<square_at>(b, squares[re_], l, 0, 0);
         multiply_add(minus, dy_t, b);
@@ -211,145 +239,131 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 ? 2 : 1) wkv7_backward(
         right<square_at>(b, squares[X_], l, 0, 0);
         multiply_add(dz, x, b);
         as_operand(dz_t, dz);
-        store_operand<square_at>(shared.dz_t, dz_t, warp * 16, 0, l);
-#pragma unroll
-        for (int key = 0; key < N; key += 16) {
-          left<tokens_at>(x, shared.chunk.K, l, 0, key);
-          multiply_add_flipped(out, x, p[key / 16]);
-          left<tokens_at>(x, shared.rest[0], l, 0, key);
-          multiply_add_flipped(out, x, p[key / 16]);
-        }
-        left_of_transposed<square_at>(x, squares[rk_], l, 0, 0);
-        multiply_add_flipped(out, x, dy_t);
-        left_of_transposed<square_at>(x, squares[ak_], l, 0, 0);
-        multiply_add_flipped(out, x, dz_t);
-#pragma unroll
-        for (int j = 0; j < 8; j++) out[j >> 2][j & 3] *= down;
-        store_tokens(dv + whole, out, sequence, c, warp * 16, l);
+        store_operand<square_at>(shared.dz_t, dz_t, l.value, 0, l);
       }
-      add_product(G, dy_t, shared.chunk.R, l);
-      add_product(G, dz_t, shared.chunk.A, l);
-      scale(G, shared.decay[0], down, l);
       sync_threads();  // dz is here
+      left<square_at>(dz_t, shared.dz_t, l, l.value, 0);
+      add_product(G, dy_t, chunk.R, l);
+      add_product(G, dz_t, chunk.A, l);
+      scale(G, decay, down, l);
+      if (half) {
+        left_of_transposed<square_at>(x, squares[ak_], l, 0, 0);
+        multiply_add_flipped(dV, x, dz_t);
+#pragma unroll
+        for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= down;
+        store_tokens(dv + whole, dV, sequence, c, l.value, l);
+      }
 
-      // From here on a warp is in charge of 16 keys instead of 16 values.
-      if (warp < 4) {
-        float product[2][4] = {};
+      // From here on a warp is in charge of 8 keys.
+      if (warp < 8) {
+        int which = warp >> 1;
+        float product[4] = {};
 #pragma unroll
         for (int value = 0; value < N; value += 16) {
-          if (warp < 2) left<tokens_at>(x, shared.dY, l, 0, value);
+          if (which < 2) left<tokens_at>(x, shared.dY, l, 0, value);
           else left_of_transposed<square_at>(x, shared.dz_t, l, 0, value);
-          if (warp & 1) right<square_at>(b, f_t, l, value, 0);
-          else right_of_transposed<tokens_at>(b, shared.chunk.V, l, 0, value);
-          multiply_add(product, x, b);
+          if (which & 1) right<square_at>(b, f_t, l, value, 0);
+          else right_of_transposed<tokens_at>(b, chunk.V, l, 0, value);
+          multiply_add(product, x, half ? b[2] : b[0], half ? b[3] : b[1]);
         }
-        store_lower(shared.dscores[warp], product, warp < 2 ? 0 : 1, warp & 1 ? -1 : 1, l);
+        store_lower(shared.dscores[which], product, 8 * half, which < 2 ? 0 : 1, which & 1 ? -1 : 1, l);
       }
-      int first = warp * 16;
-      float dR[2][4] = {}, dA[2][4] = {}, dK[2][4] = {}, dE[2][4] = {};
+      int first = warp * 8, key = first + l.pair;
+      float dR[4] = {}, dA[4] = {}, dK[4] = {}, dE[4] = {};
 #pragma unroll
-      for (int value = 0; value < N; value += 16) {
-        right<tokens_at>(b, S0, l, value, first);
-        left<tokens_at>(x, shared.dY, l, 0, value);
-        multiply_add(dR, x, b);
-        left_of_transposed<square_at>(x, shared.dz_t, l, 0, value);
-        multiply_add(dA, x, b);
-        right<tokens_at>(b, shared.P, l, value, first);
-        left<tokens_at>(x, shared.chunk.V, l, 0, value);
-        multiply_add(dK, x, b);
-        left_of_transposed<square_at>(x, f_t, l, 0, value);
-        multiply_add(dE, x, b);
+      for (int value = 0; value < N; value += 32) {
+        u32 s0[4], p[4];
+        right_tall<tokens_at>(s0, S0, l, value, first);
+        right_tall<tokens_at>(p, shared.P, l, value, first);
+#pragma unroll
+        for (int two = 0; two < 2; two++) {
+          left<tokens_at>(x, shared.dY, l, 0, value + 16 * two);
+          multiply_add(dR, x, s0[2 * two], s0[2 * two + 1]);
+          left_of_transposed<square_at>(x, shared.dz_t, l, 0, value + 16 * two);
+          multiply_add(dA, x, s0[2 * two], s0[2 * two + 1]);
+          left<tokens_at>(x, chunk.V, l, 0, value + 16 * two);
+          multiply_add(dK, x, p[2 * two], p[2 * two + 1]);
+          left_of_transposed<square_at>(x, f_t, l, 0, value + 16 * two);
+          multiply_add(dE, x, p[2 * two], p[2 * two + 1]);
+        }
       }
+#pragma unroll
+      for (int j = 0; j < 4; j++) dE[j] = -dE[j];
       // What the end of the chunk passes on to every decay in it: sum over values of P and the state.
-      float carry[2][2] = {};
+      float2 R[2], A[2], K[2], E[2], carry = {0, 0};
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        int key = first + 8 * n + l.pair;
+      for (int j = 0; j < 2; j++) {
+        int at = tokens_at(l.group + 8 * j, key);
+        R[j] = load_pair(chunk.R + at), A[j] = load_pair(chunk.A + at);
+        K[j] = load_pair(chunk.K + at), E[j] = load_pair(chunk.E + at);
+        carry.x += K[j].x * dK[2 * j] + E[j].x * dE[2 * j];
+        carry.y += K[j].y * dK[2 * j + 1] + E[j].y * dE[2 * j + 1];
+      }
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          int at = tokens_at(l.group + 8 * half, key);
-          float2 k = load_pair(shared.chunk.K + at), e = load_pair(shared.chunk.E + at);
-          dE[n][2 * half] = -dE[n][2 * half], dE[n][2 * half + 1] = -dE[n][2 * half + 1];
-          carry[n][0] += k.x * dK[n][2 * half] + e.x * dE[n][2 * half];
-          carry[n][1] += k.y * dK[n][2 * half + 1] + e.y * dE[n][2 * half + 1];
-        }
+      for (int mask = 4; mask < 32; mask *= 2) {
+        carry.x += shuffle_xor(carry.x, mask);
+        carry.y += shuffle_xor(carry.y, mask);
+      }
 #pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) {
-          carry[n][0] += shuffle_xor(carry[n][0], mask);
-          carry[n][1] += shuffle_xor(carry[n][1], mask);
-        }
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-          float2 part = load_pair(shared.carry[w] + key);
-          carry[n][0] += part.x, carry[n][1] += part.y;
-        }
+      for (int w = 0; w < WARPS; w++) {
+        float2 part = load_pair(shared.carry[w] + key);
+        carry.x += part.x, carry.y += part.y;
       }
       sync_threads();  // the gradients of the products are here
-      {
-        u32 drk[4], dre[4];
-        right<tokens_at>(b, shared.chunk.K, l, 0, first);
-        left<square_at>(drk, shared.dscores[drk_], l, 0, 0);
-        multiply_add(dR, drk, b);
-        left<square_at>(x, shared.dscores[dak_], l, 0, 0);
-        multiply_add(dA, x, b);
-        right<tokens_at>(b, shared.chunk.E, l, 0, first);
-        left<square_at>(dre, shared.dscores[dre_], l, 0, 0);
-        multiply_add(dR, dre, b);
-        left<square_at>(x, shared.dscores[dae_], l, 0, 0);
-        multiply_add(dA, x, b);
-        right<tokens_at>(b, shared.chunk.R, l, 0, first);
-        left_of_transposed<square_at>(x, shared.dscores[drk_], l, 0, 0);
-        multiply_add(dK, x, b);
-        left_of_transposed<square_at>(x, shared.dscores[dre_], l, 0, 0);
-        multiply_add(dE, x, b);
-        right<tokens_at>(b, shared.chunk.A, l, 0, first);
-        left_of_transposed<square_at>(x, shared.dscores[dak_], l, 0, 0);
-        multiply_add(dK, x, b);
-        left_of_transposed<square_at>(x, shared.dscores[dae_], l, 0, 0);
-        multiply_add(dE, x, b);
+      right_two<tokens_at>(b, chunk.K, chunk.E, l, first);
+      left<square_at>(x, shared.dscores[drk_], l, 0, 0);
+      multiply_add(dR, x, b[0], b[1]);
+      left<square_at>(x, shared.dscores[dak_], l, 0, 0);
+      multiply_add(dA, x, b[0], b[1]);
+      left<square_at>(x, shared.dscores[dre_], l, 0, 0);
+      multiply_add(dR, x, b[2], b[3]);
+      left<square_at>(x, shared.dscores[dae_], l, 0, 0);
+      multiply_add(dA, x, b[2], b[3]);
+      right_two<tokens_at>(b, chunk.R, chunk.A, l, first);
+      left_of_transposed<square_at>(x, shared.dscores[drk_], l, 0, 0);
+      multiply_add(dK, x, b[0], b[1]);
+      left_of_transposed<square_at>(x, shared.dscores[dre_], l, 0, 0);
+      multiply_add(dE, x, b[0], b[1]);
+      left_of_transposed<square_at>(x, shared.dscores[dak_], l, 0, 0);
+      multiply_add(dK, x, b[2], b[3]);
+      left_of_transposed<square_at>(x, shared.dscores[dae_], l, 0, 0);
+      multiply_add(dE, x, b[2], b[3]);
+      float2 both[2], own[2];  // what reaches the decay of a token from it and later ones; from its A
+#pragma unroll
+      for (int t = 0; t < 2; t++) {
+        int j = 2 * t;
+        own[t] = {A[t].x * dA[j], A[t].y * dA[j + 1]};
+        both[t] = {R[t].x * dR[j] + own[t].x - K[t].x * dK[j] - E[t].x * dE[j],
+                   R[t].y * dR[j + 1] + own[t].y - K[t].y * dK[j + 1] - E[t].y * dE[j + 1]};
+#pragma unroll
+        for (int by = 1; by < 8; by *= 2) {
+          float2 later = {shuffle_down(both[t].x, 4 * by), shuffle_down(both[t].y, 4 * by)};
+          if (l.group + by < 8) both[t].x += later.x, both[t].y += later.y;
+        }
       }
+      float2 rest = {shuffle(both[1].x, l.lane & 3), shuffle(both[1].y, l.lane & 3)};
+      both[0].x += rest.x, both[0].y += rest.y;
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        int key = first + 8 * n + l.pair;
-        float2 both[2], own[2];  // what reaches the decay of a token from it and later ones; from its A
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          int at = tokens_at(l.group + 8 * half, key), j = 2 * half;
-          float2 R = load_pair(shared.chunk.R + at), A = load_pair(shared.chunk.A + at);
-          float2 K = load_pair(shared.chunk.K + at), E = load_pair(shared.chunk.E + at);
-          own[half] = {A.x * dA[n][j], A.y * dA[n][j + 1]};
-          both[half] = {R.x * dR[n][j] + own[half].x - K.x * dK[n][j] - E.x * dE[n][j],
-                        R.y * dR[n][j + 1] + own[half].y - K.y * dK[n][j + 1] - E.y * dE[n][j + 1]};
-#pragma unroll
-          for (int by = 1; by < 8; by *= 2) {
-            float2 later = {shuffle_down(both[half].x, 4 * by), shuffle_down(both[half].y, 4 * by)};
-            if (l.group + by < 8) both[half].x += later.x, both[half].y += later.y;
-          }
-        }
-        float2 rest = {shuffle(both[1].x, l.lane & 3), shuffle(both[1].y, l.lane & 3)};
-        both[0].x += rest.x, both[0].y += rest.y;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          int t = l.group + 8 * half, j = 2 * half;
-          if (c * Q + t >= sequence.length) continue;
-          float2 g = load_pair(shared.running + (t + 1) * N + key), g_before = load_pair(shared.running + t * N + key);
-          float2 grown = {exp2_fast(g.x * LOG2E) * down, exp2_fast(g.y * LOG2E) * down};
-          float2 before = {exp2_fast(g_before.x * LOG2E) * down, exp2_fast(g_before.y * LOG2E) * down};
-          float2 shrunk = {exp2_fast(-g.x * LOG2E) * down, exp2_fast(-g.y * LOG2E) * down};
-          float2 found = load_pair(raw[kappa_] + t * N + key), rate = load_pair(raw[a_] + t * N + key);
-          float2 erased = {dE[n][j] * shrunk.x, dE[n][j + 1] * shrunk.y};
-          i64 to = whole + sequence.token(c * Q + t) + key;
-          store_pair(dr + to, dR[n][j] * grown.x, dR[n][j + 1] * grown.y);
-          store_pair(dlog_w + to, (both[half].x - own[half].x + carry[n][0]) * down,
-                     (both[half].y - own[half].y + carry[n][1]) * down);
-          store_pair(dk + to, dK[n][j] * shrunk.x, dK[n][j + 1] * shrunk.y);
-          store_pair(dkappa + to, dA[n][j] * before.x + rate.x * erased.x, dA[n][j + 1] * before.y + rate.y * erased.y);
-          store_pair(da + to, found.x * erased.x, found.y * erased.y);
-        }
+      for (int half = 0; half < 2; half++) {
+        int t = l.group + 8 * half, j = 2 * half;
+        if (c * Q + t >= sequence.length) continue;
+        float2 g = load_pair(shared.running + (t + 1) * RUNNING + key), g_before = load_pair(shared.running + t * RUNNING + key);
+        float2 grown = {exp2_fast(g.x * LOG2E + shift), exp2_fast(g.y * LOG2E + shift)};
+        float2 before = {exp2_fast(g_before.x * LOG2E + shift), exp2_fast(g_before.y * LOG2E + shift)};
+        float2 shrunk = {exp2_fast(-g.x * LOG2E + shift), exp2_fast(-g.y * LOG2E + shift)};
+        float2 found = load_pair(raw[kappa_] + tokens_at(t, key)), rate = load_pair(raw[a_] + tokens_at(t, key));
+        float2 erased = {dE[j] * shrunk.x, dE[j + 1] * shrunk.y};
+        i64 to = whole + sequence.token(c * Q + t) + key;
+        store_pair(dr + to, dR[j] * grown.x, dR[j + 1] * grown.y);
+        store_pair(dlog_w + to, (both[half].x - own[half].x + carry.x) * down,
+                   (both[half].y - own[half].y + carry.y) * down);
+        store_pair(dk + to, dK[j] * shrunk.x, dK[j + 1] * shrunk.y);
+        store_pair(dkappa + to, dA[j] * before.x + rate.x * erased.x, dA[j + 1] * before.y + rate.y * erased.y);
+        store_pair(da + to, found.x * erased.x, found.y * erased.y);
       }
     }
   }
   each_pair(G, l, [&](int value, int key, float& x, float& y) { store_pair(dstate + here + value * N + key, x, y); });
 }
 
-SHARED_SIZE(sizeof(Shared));
+SIZES(THREADS, sizeof(Shared));

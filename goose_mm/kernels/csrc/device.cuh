@@ -17,7 +17,10 @@ struct f16 { u16 bits; };
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 
 // The size of a variable can be asked of a compiled module.
-#define SHARED_SIZE(bytes) extern "C" { __device__ char shared_size[bytes]; }
+#define SIZES(threads, bytes) extern "C" { __device__ char block_size[threads], shared_size[bytes]; }
+
+// Whether a multiprocessor has the shared memory for two blocks that want half of 227 kB each.
+#define AMPLE (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
@@ -29,6 +32,10 @@ DEVICE char* shared_memory() {
 }
 DEVICE void sync_threads() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
+// Some warps of the block, always the same ones for one number (1 to 15).
+template <int number, int threads> DEVICE void sync_some() {
+  asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
+}
 
 template <class T> DEVICE T shuffle(T x, int lane) { return __shfl_sync(~0u, x, lane); }
 template <class T> DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
@@ -109,3 +116,10 @@ DEVICE float2 load_pair(const bf16* p) {
 DEVICE void store_pair(float* p, float x, float y) { *(float2*)p = {x, y}; }
 DEVICE void store_pair(f16* p, float x, float y) { *(u32*)p = pack_f16(x, y); }
 DEVICE void store_pair(bf16* p, float x, float y) { *(u32*)p = pack_bf16(x, y); }
+// Store as f16; what that cannot hold.
+DEVICE float2 store_rounded(f16* p, float2 x) {
+  u32 two = pack_f16(x.x, x.y);
+  float2 held = unpack_f16(two);
+  *(u32*)p = two;
+  return {x.x - held.x, x.y - held.y};
+}

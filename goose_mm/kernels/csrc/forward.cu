@@ -1,15 +1,18 @@
 // y, the last state and the states between segments; one block per sequence, head and direction.
+//
+// Four warps make the next chunk while the others, each with 16 rows of the state, read the one before.
 #include "chunk.cuh"
 
-constexpr int STAGES = 3;
+constexpr int MAKERS = 4, THREADS = 32 * (WARPS + MAKERS);
+constexpr int STAGES = sizeof(IO) == 2 ? 3 : 2;
 
 struct Shared {
   IO inputs[STAGES][INPUTS][Q * N];
-  Chunk chunk;
-  f16 rest[2][Q * N];  // of K and E
-  Squares squares;
-  float decay[2][N];  // exp(c) of this chunk and of the one before
-  float ae[Q * Q];
+  Chunk chunk[2];
+  f16 rest[2][2][Q * N];  // of K and E
+  Squares squares[2];
+  float decay[4][N];  // exp(c) of the chunk that is made, of the two before it, and 1 before the first
+  float scratch[4 * N];
 };
 
 KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
@@ -21,78 +24,85 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
     f16* saved,             // [D, slots, rows, H, N, N] or null
     i64 T, int heads, int rows, i64 slots, int reverse) {
   Shared& shared = *(Shared*)shared_memory();
-  const IO* inputs[INPUTS] = {r, log_w, k, v, kappa, a};
-  const Lane l;
-  int head = block_x() % heads, s = block_x() / heads, warp = thread() >> 5;
+  int head = block_x() % heads, s = block_x() / heads;
   i64 d = block_y(), here = (d * blocks_x() + block_x()) * N * N;
   const Sequence sequence(cu_seqlens, s, head, heads, T, d + reverse == 1);
   int chunks = (sequence.length + Q - 1) / Q;
+
+  if (thread() >= 32 * WARPS) {
+    const IO* inputs[INPUTS] = {r, log_w, k, v, kappa, a};
+    const Lane l(WARPS);
+    auto request = [&](int chunk) {
+      if (chunk < chunks) fetch<MAKERS>(shared.inputs[chunk % STAGES], inputs, sequence, chunk, l);
+      else copy_commit();
+    };
+    for (int i = 0; i < STAGES - 1; i++) request(i);
+    for (int c = 0; c < chunks; c++) {
+      const auto& raw = shared.inputs[c % STAGES];
+      copy_wait<STAGES - 2>();
+      sync_some<1, 32 * MAKERS>();  // the inputs are here
+      request(c + STAGES - 1);
+      for (int col = 0; col < N; col += 64) sum_decay<true>(shared.scratch, raw[log_w_], col, l);
+      sync_some<1, 32 * MAKERS>();
+      for (int col = 0; col < N; col += 64)
+        prepare<4>(shared.chunk[c & 1], raw, shared.scratch, shared.decay[c & 3], nullptr, shared.rest[c & 1], 4 * l.warp, col, l);
+      sync_some<1, 32 * MAKERS>();
+      relate(shared.chunk[c & 1], shared.squares[c & 1], shared.scratch, l);
+      sync_threads();  // this chunk is made, and the one before it is read
+    }
+    copy_wait<0>();
+    return;
+  }
+
+  const Lane l;
   i64 row = cu_seqlens ? 0 : s;
+  float S[N / 8][4] = {};
+  if (state) load_state(S, state + here, l);
+  for (int i = thread(); i < N; i += 32 * WARPS) shared.decay[3][i] = 1;
+  sync_some<2, 32 * WARPS>();
 
-  State S = {};
-  if (state)
-    each_pair(S, l, [&](int value, int key, float& x, float& y) {
-      float2 given = load_pair(state + here + value * N + key);
-      x = given.x, y = given.y;
-    });
-  for (int i = thread(); i < N; i += THREADS) shared.decay[1][i] = 1;
-
-  auto request = [&](int chunk) {
-    if (chunk < chunks)
-      for (int i = 0; i < INPUTS; i++) fetch(shared.inputs[chunk % STAGES][i], inputs[i], sequence, chunk);
-    copy_commit();
-  };
-  for (int i = 0; i < STAGES - 1; i++) request(i);
   for (int c = 0; c < chunks; c++) {
-    copy_wait<STAGES - 2>();
-    sync_threads();  // the inputs are here, and nobody reads the last chunk any more
-    request(c + STAGES - 1);
-    prepare(shared.chunk, shared.inputs[c % STAGES], shared.decay[c & 1], nullptr, shared.rest);
     sync_threads();
-    relate(shared.chunk, shared.squares, shared.ae, l);
+    const Chunk& chunk = shared.chunk[c & 1];
+    const Squares& squares = shared.squares[c & 1];
+    const float *old = shared.decay[c - 1 & 3], *now = shared.decay[c & 3];
     if (saved && c > 0 && c % SEGMENT == 0) {
       i64 slot = (sequence.first + c * Q) / (SEGMENT * Q) - 1;
       f16* to = saved + (((d * slots + slot) * rows + row) * heads + head) * N * N;
       each_pair(S, l, [&](int value, int key, float& x, float& y) {
-        float2 by = load_pair(shared.decay[~c & 1] + key);
+        float2 by = load_pair(old + key);
         store_pair(to + value * N + key, x * by.x, y * by.y);
       });
     }
     // S is kept from just before the decay that ends a chunk: then it is scaled once a chunk.
-    each_pair(S, l, [&](int, int key, float& x, float& y) {
-      float2 old = load_pair(shared.decay[~c & 1] + key), now = load_pair(shared.decay[c & 1] + key);
-      x *= old.x * now.x, y *= old.y * now.y;
-    });
-    Operand s0;
+    scale(S, old, now, l);
+    u32 s0[N / 16][4];
     as_operand(s0, S);
-    u32 v_t[4];
-    left_of_transposed<tokens_at>(v_t, shared.chunk.V, l, warp * 16, 0);
-    add_product(S, v_t, shared.chunk.K, l);
-    add_product(S, v_t, shared.rest[0], l);
-    sync_threads();  // the products are here
-    float f[2][4], out[2][4] = {};
-    u32 minus_f[4], x[4];
-    find(f, s0, v_t, shared.chunk, shared.squares, l);
-    as_operand(minus_f, f, -1);
-    add_product(S, minus_f, shared.chunk.E, l);
-    add_product(S, minus_f, shared.rest[1], l);
+    u32 v_t[4], minus_f[4], x[4];
+    left_of_transposed<tokens_at>(v_t, chunk.V, l, l.value, 0);
+    float z[2][4] = {}, f[2][4] = {}, out[2][4] = {};
+    find(z, s0, v_t, chunk, squares, l);
 #pragma unroll
     for (int key = 0; key < N; key += 16) {
-      left<tokens_at>(x, shared.chunk.R, l, 0, key);
+      left<tokens_at>(x, chunk.R, l, 0, key);
       multiply_add_flipped(out, x, s0[key / 16]);
     }
-    left<square_at>(x, shared.squares[rk_], l, 0, 0);
+    left<square_at>(x, squares[rk_], l, 0, 0);
     multiply_add_flipped(out, x, v_t);
-    left<square_at>(x, shared.squares[re_], l, 0, 0);
+    add_product(S, v_t, chunk.K, l);
+    add_product(S, v_t, shared.rest[c & 1][0], l);
+    solve(f, z, squares, l);
+    as_operand(minus_f, f, -1);
+    left<square_at>(x, squares[re_], l, 0, 0);
     multiply_add_flipped(out, x, minus_f);
-    store_tokens(y + d * rows * T * heads * N, out, sequence, c, warp * 16, l);
+    store_tokens(y + d * rows * T * heads * N, out, sequence, c, l.value, l);
+    add_product(S, minus_f, chunk.E, l);
+    add_product(S, minus_f, shared.rest[c & 1][1], l);
   }
-  copy_wait<0>();
-  sync_threads();
   each_pair(S, l, [&](int value, int key, float& x, float& y) {
-    float2 by = load_pair(shared.decay[(chunks - 1) & 1] + key);
+    float2 by = load_pair(shared.decay[chunks - 1 & 3] + key);
     store_pair(last + here + value * N + key, x * by.x, y * by.y);
   });
 }
 
-SHARED_SIZE(sizeof(Shared));
+SIZES(THREADS, sizeof(Shared));
