@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of the model cards from benchmarks/results.
+"""Writes the tables of README.md, docs/ and the model cards from benchmarks/results.
 
     python benchmarks/report.py
 
@@ -70,6 +70,73 @@ def families(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\nExact match; in brackets the best answer without looking."
 
 
+def kernels(results: dict[str, Any]) -> str:
+    """Milliseconds of every kernel that took part, by shape, and what it was held against."""
+    names = [name for name in results["errors"] if name not in results["absent"]]
+    lines = [
+        "| shape | | " + " | ".join([*names, "memory floor"]) + " |",
+        "|-" * (len(names) + 3) + "|",
+    ]
+    for shape, row in results["shapes"].items():
+        for key, what in (("forward", "forward"), ("training", "forward + backward")):
+            cells = [f"{row[name][key]['median']:.2f}" if name in row else "" for name in names]
+            lines.append(f"| {shape} | {what} | {' | '.join(cells)} | {row['floor'][key]:.2f} |")
+        cells = [f"{row[name]['extra_gib']:.2f}" if name in row else "" for name in names]
+        lines.append(f"| {shape} | extra GiB | {' | '.join(cells)} | |")
+    worst = [f"{max(results['errors'][name].values()):.1e}" for name in names]
+    lines.append(f"| B2 T256 H3 | worst error | {' | '.join(worst)} | |")
+    about = (
+        f"Median milliseconds on {results['hardware']}, {results['dtype']}, torch "
+        f"{results['versions']['torch']}, {results['date']}, commit {results['commit']}; "
+        "errors relative to float64, of y, the state and all gradients; floor: what must be moved, "
+        "at the measured bandwidth of a copy."
+    )
+    absent = "".join(f" {name} did not run: {why}." for name, why in results["absent"].items())
+    return "\n".join(lines) + f"\n\n{about}{absent}\n\n![forward + backward](kernels.svg)"
+
+
+def draw_kernels(results: dict[str, Any], file: Path) -> None:
+    """Forward and backward of every kernel, by shape."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = [name for name in results["errors"] if name not in results["absent"]]
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / (len(names) + 1)
+    for i, name in enumerate([*names, "floor"]):
+        rows = [row.get(name, {}).get("training", 0) for row in results["shapes"].values()]
+        heights = [row["median"] if isinstance(row, dict) else row for row in rows]
+        axes.bar([x + i * width for x in range(len(rows))], heights, width, label=name)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(results["shapes"]))], results["shapes"])
+    axes.set_ylabel("ms, forward + backward")
+    axes.set_yscale("log")
+    axes.legend(fontsize="small")
+    with rc_context({"svg.hashsalt": "goose_mm"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def evaluations(reports: list[dict[str, Any]]) -> str:
+    """One row per report of `goose-mm eval`, then its breakdowns."""
+    lines = ["| task | model | measure | score | 95 % interval | baselines |", "|-|-|-|-|-|-|"]
+    details = []
+    for report in reports:
+        settings = report["settings"]
+        span = "{:.4g} to {:.4g}".format(*report["interval"]) if report["interval"] else ""
+        beside = "; ".join(f"{name} {value:.4g}" for name, value in report["baselines"].items())
+        lines.append(
+            f"| {settings['task']} | {settings['model']} | {report['measure']} "
+            f"| {report['score']:.4g} | {span} | {beside} |"
+        )
+        for kind, types in report["types"].items():
+            parts = ", ".join(f"{name} {value:.4g} ({n})" for name, (value, n) in types.items())
+            details.append(f"- {settings['task']}, {kind}: {parts}.")
+        told = ", ".join(f"{k} `{v}`" for k, v in settings.items() if k not in ("task", "model"))
+        cost = f"{report['cost']['seconds']} s, {report['cost']['peak_gib']} GiB"
+        details.append(f"- {settings['task']}, settings: {told}; {cost} on the CPU.")
+    return "\n".join([*lines, "", *details])
+
+
 def filled(text: str, table: str) -> str:
     """`text` with `table` between its markers."""
     pattern = r"(<!-- results -->\n).*?(<!-- /results -->)"
@@ -85,9 +152,15 @@ def pages() -> dict[Path, str]:
             {key: results[key] for key in parts if key in results}
         )
     tables[CARDS / "goose-tiny-vision" / "README.md"] = families(results)
+    reports = [json.loads(f.read_text()) for f in sorted(RESULTS.glob("evaluations/*.json"))]
+    tables[ROOT / "docs" / "evaluation.md"] = evaluations(reports)
+    if (gpu := RESULTS / "wkv7_gpu.json").exists():
+        tables[ROOT / "docs" / "kernels.md"] = kernels(json.loads(gpu.read_text()))
     return {page: filled(page.read_text(), table) for page, table in tables.items()}
 
 
 if __name__ == "__main__":
     for page, text in pages().items():
         page.write_text(text)
+    if (gpu := RESULTS / "wkv7_gpu.json").exists():
+        draw_kernels(json.loads(gpu.read_text()), ROOT / "docs" / "kernels.svg")

@@ -49,7 +49,7 @@ def run(
         done = read_predictions(out, task)
         todo = [[item for item in group if item.id not in done] for group in mine]
         waiting = iter([group for group in todo if group])
-        bar = tqdm(total=sum(map(len, todo)), unit="item", file=sys.stderr, disable=quiet)
+        bar = tqdm(total=sum(map(len, todo)), unit="item", file=sys.stderr, disable=quiet or None)
         while some := list(islice(waiting, BATCH[task.kind])):
             begin = time.perf_counter()
             answers = task.predict(model, some)
