@@ -51,11 +51,10 @@ def curve(a: Point, bend: Point, b: Point, steps: int = 24) -> list[Point]:
 def sun(pen: Pen) -> None:
     for i in range(12):
         turn = 2 * math.pi * i / 12
-        tip = (54 * math.cos(turn), 54 * math.sin(turn))
+        tip = (64 * math.cos(turn), 64 * math.sin(turn))
         sides = [(38 * math.cos(turn + d), 38 * math.sin(turn + d)) for d in (-0.2, 0.2)]
-        pen.shape("#ff9d1e", tip, *sides)
-    pen.oval("#ffb62e", 0, 0, 34)
-    pen.oval("#ffd34d", 0, 0, 30)
+        pen.shape("#ffc107", tip, *sides)
+    pen.oval("#ffca28", 0, 0, 34)
 
 
 def sailboat(pen: Pen) -> None:
