@@ -118,13 +118,14 @@ class GooseLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         found = [""] * len(requests)
+        asked: list[tuple[Any, ...]] = [request.args for request in requests]
         by_settings: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        for i, (_, chosen) in enumerate(asked):
+            by_settings.setdefault(json.dumps(chosen, sort_keys=True), []).append(i)
         batches = [some for places in by_settings.values() for some in self._batches(places)]
         for some in tqdm(batches, desc="generate_until", disable=disable_tqdm):
-            settings = sampling(requests[some[0]].args[1], self.max_gen_toks)
-            prompts = [self.tok_encode(requests[i].args[0]) or [PREFIX_TOKEN] for i in some]
+            settings = sampling(asked[some[0]][1], self.max_gen_toks)
+            prompts = [self.tok_encode(asked[i][0]) or [PREFIX_TOKEN] for i in some]
             pieces = write(self.model, self.words, *prefill(self.model, prompts), settings)
             for i, row in zip(some, zip(*pieces, strict=True), strict=True):
                 found[i] = "".join(row)

@@ -138,7 +138,7 @@ class GooseSimple(Goose):
         cache, found = PrefixCache(), []
         by_doc = groupby(requests, key=lambda request: request.args[3:])
         for (doc_id, task, split), some in tqdm(by_doc, desc="goose", file=sys.stderr):
-            args = [request.args for request in some]
+            args: list[tuple[Any, ...]] = [request.args for request in some]
             doc = self.task_dict[task][split][doc_id]
             seen = self.model.prefix(pictures(partial(args[0][2], doc)) or None, cache)
             contexts = [encode(prompt_text(self.model.config.vision, arg[0])) for arg in args]

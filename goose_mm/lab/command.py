@@ -94,4 +94,22 @@ def automata(
     print(json.dumps(check_random(count, max_length, precision, seed), indent=1))
 
 
-VERBS: dict[str, Callable[..., None]] = {"learn": learn, "regular": regular, "automata": automata}
+def precision(
+    *, out: Path, lengths: tuple[int, ...] = (64, 256, 1024, 4096), device: str = "cpu"
+) -> None:
+    """Measure the rounding error of every kernel by dtype and length; one figure.
+
+    Args:
+        out: Folder of the results.
+        lengths: Tokens.
+        device: cpu or cuda.
+    """
+    from goose_mm.lab.precision import report
+
+    report(out, lengths, device)
+    print(out / "precision.svg")
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    f.__name__: f for f in (learn, regular, automata, precision)
+}
