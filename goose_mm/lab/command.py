@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -110,6 +110,102 @@ def precision(
     print(out / "precision.svg")
 
 
+def position(
+    text: Positional[Path],
+    *,
+    out: Path,
+    model: str = "goose-tiny-text",
+    length: int = 4096,
+    pieces: int = 32,
+    device: str = "cpu",
+) -> None:
+    """Measure a text model's loss by position: does it go on to learn from what it reads?
+
+    Args:
+        text: A long text file.
+        out: Folder of the result.
+        model: A shipped name, a folder, an official .pth or a hub id.
+        length: Tokens of a piece.
+        pieces: At most this many.
+        device: cpu or cuda.
+    """
+    from goose_mm.lab.long_context import loss_by_position, save
+
+    found = loss_by_position(_load(model, "text", device), text.read_text("utf-8"), length, pieces)
+    for part in found["bins"]:
+        print(f"{part['from']}-{part['to']}  {part['nats']:.4f}")
+    print(save(out, "position", found))
+
+
+def passkey(
+    filler: Positional[Path],
+    *,
+    out: Path,
+    model: str = "goose-tiny-text",
+    lengths: tuple[int, ...] = (128, 512, 2048),
+    trials: int = 8,
+    device: str = "cpu",
+) -> None:
+    """Tell a text model a number, let it read on, and ask for the number.
+
+    Args:
+        filler: A long text file, read between telling and asking.
+        out: Folder of the result.
+        model: A shipped name, a folder, an official .pth or a hub id.
+        lengths: Tokens of filler.
+        trials: For each length and depth.
+        device: cpu or cuda.
+    """
+    from goose_mm.lab.long_context import passkey, save
+
+    read = _load(model, "text", device)
+    rows = passkey(read, filler.read_text("utf-8"), lengths, trials=trials)
+    for row in rows:
+        told = "length {length}, depth {depth}: found {found:.2f}, nats {nats:.2f}"
+        print((told + " (a key never told {nats_unseen:.2f})").format(**row))
+    print(save(out, "passkey", rows))
+
+
+def needle(
+    clip: Positional[Path],
+    hay: Positional[Path],
+    label: Positional[str],
+    *,
+    out: Path,
+    model: str = "goose-tiny-audio",
+    seconds: tuple[float, ...] = (10, 30, 120),
+    device: str = "cpu",
+) -> None:
+    """Hide a clip in a long recording, and see how its label's score fades.
+
+    Args:
+        clip: The sound to hide.
+        hay: The recording around it, repeated as often as needed.
+        label: What the clip is.
+        out: Folder of the result.
+        model: A shipped name or a folder.
+        seconds: Lengths of the recording.
+        device: cpu or cuda.
+    """
+    from goose_mm.lab.long_context import needle, save
+
+    rows = needle(_load(model, "audio", device), clip, hay, label, seconds)
+    for row in rows:
+        print(
+            "{seconds:g} s: {start:.3f} {middle:.3f} {end:.3f}, without {without:.3f}".format(**row)
+        )
+    print(save(out, "needle", rows))
+
+
+def _load(name: str, kind: str, device: str) -> Any:
+    from goose_mm.hub import load
+
+    model: Any = load(name, device)
+    if model.config.model != kind:
+        raise ValueError(f"{name} is a {model.config.model} model; give one for {kind}")
+    return model
+
+
 VERBS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (learn, regular, automata, precision)
+    f.__name__: f for f in (learn, regular, automata, precision, position, passkey, needle)
 }
