@@ -87,7 +87,10 @@ class Experiment:
         if self.task in TASKS:
             task = Texts(self.task, **self.options)
         else:
-            task = Words(self.task, device, **self.options)
+            try:
+                task = Words(self.task, device, **self.options)
+            except ValueError as error:
+                raise ConfigError(f"{error}; or a task: {', '.join(TASKS)}") from None
         backbone = BackboneConfig(
             dim=self.dim, num_layers=self.layers, head_size=self.head_size, a_max=self.a_max
         )
