@@ -17,8 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wkv7_cpu import commit
-
 RESULTS = Path(__file__).parent / "results" / "evaluations"
 UNSEEN = ("railway_children", "white_fang")
 NUMBERS = ("count_all", "count_name", "count_category")
@@ -69,7 +67,6 @@ def examine(task: str, data: Path, out: Path, *more: str) -> None:
 def keep(name: str, out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     report["cost"] = json.loads((out / "cost.json").read_text())
-    report["software"]["commit"] = commit()
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{name}: {report['measure']} {report['score']:.4g}")

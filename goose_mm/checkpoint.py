@@ -7,6 +7,7 @@ shapes, which live in `checkpoint_names`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -35,6 +36,7 @@ from goose_mm.config import ModelConfig, TextModel, load_model_config, to_dict
 __all__ = [
     "convert",
     "detect",
+    "digest",
     "fla_config",
     "from_goose",
     "is_ours",
@@ -51,6 +53,16 @@ CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "20B_tokenizer.json")
 SHARD = re.compile(r"[\w-]+\.safetensors")
 PICKLES = (".pth", ".pt", ".bin")
+
+
+def digest(tensors: Mapping[str, Tensor], before: str = "") -> str:
+    """sha256 of names, types, shapes and values, behind some text."""
+    found = hashlib.sha256(before.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:

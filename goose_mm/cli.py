@@ -174,9 +174,10 @@ def _parse_train(name: str, flags: Sequence[str]) -> Call:
 
 
 def _train(recipe: Any, out: Path, device: str) -> None:
+    from goose_mm.hub import usable_device
     from goose_mm.train.loop import train as run
 
-    for name, value in run(recipe, out, device=_device(device)).items():
+    for name, value in run(recipe, out, device=usable_device(device)).items():
         print(f"{name} {value:.4f}")
 
 
@@ -325,26 +326,10 @@ def _must_exist(path: str) -> None:
         raise FileNotFoundError(f"{path}: no such file")
 
 
-def _device(asked: str) -> str:
-    """The device asked for; without a wish, a GPU if there is one."""
-    import torch
-
-    count = torch.cuda.device_count()
-    usable = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    if asked and asked not in usable:
-        raise ValueError(f"--device {asked} cannot be used here; usable: {', '.join(usable)}")
-    return asked or ("cuda" if count else "cpu")
-
-
 def _load(name: str, kind: str, device: str = "") -> Any:
-    """A model of the kind the verb needs."""
-    from goose_mm.hub import load
+    from goose_mm.hub import open_model
 
-    model: Any = load(name, _device(device))
-    found = model.config.model
-    if found != kind:
-        raise ValueError(f"{name} is a {found} model; use one for {kind}, like goose-tiny-{kind}")
-    return model
+    return open_model(name, kind, device)
 
 
 def _json(value: object) -> str:

@@ -62,6 +62,24 @@ def load(
     return model.eval().to(device=device or "cpu", dtype=dtype or torch.float32)
 
 
+def open_model(name: str, kind: str, device: str = "", dtype: torch.dtype | None = None) -> Any:
+    """`load`, but ValueError unless it is of a kind: text, vision or audio; see `usable_device`."""
+    model: Any = load(name, usable_device(device), dtype)
+    found = model.config.model
+    if found != kind:
+        raise ValueError(f"{name} is a {found} model; use one for {kind}, like goose-tiny-{kind}")
+    return model
+
+
+def usable_device(asked: str) -> str:
+    """The device asked for, or ValueError; without a wish, a GPU if there is one."""
+    count = torch.cuda.device_count()
+    usable = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if asked and asked not in usable:
+        raise ValueError(f"--device {asked} cannot be used here; usable: {', '.join(usable)}")
+    return asked or ("cuda" if count else "cpu")
+
+
 def fill(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Load every tensor of a model; ValueError names what is missing, left over or misshapen."""
     wanted = model.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -51,7 +52,7 @@ def launch(name, r, out, grid, *arguments) -> None:
 @pytest.fixture
 def emulated_cuda(monkeypatch):
     """`kernel="cuda"` works on tensors of the host."""
-    if not shutil.which("g++"):
+    if not shutil.which("g++") and "CI" not in os.environ:
         pytest.skip("the emulated kernels are compiled by g++")
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "granted", lambda device: HOPPER)

@@ -228,6 +228,9 @@ def test_wrong_input_is_one_line(vqav2, tmp_path, capsys):
         ("eval", "gqa"): "testdev_balanced_questions.json",
         ("eval", "vqav2", "--shard", "2/2"): "--shard is I/N",
         ("eval", "vqav2", "--prompt", "no place"): "{question}",
+        ("eval", "vqav2", "--ocr"): "vqav2 has no use for --ocr; it takes split, limit, prompt",
+        ("eval", "lambada", "--blind"): "lambada has no use for --blind",
+        ("eval", "esc50"): "has neither meta.csv",
     }.items():
         assert main([*call, *base]) == 2
         complaint = capsys.readouterr().err

@@ -10,14 +10,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import text_model
 
-from goose_mm.config import BackboneConfig, TextConfig, TextModel
 from goose_mm.data.text import book_bits
 from goose_mm.eval import likelihood
 from goose_mm.eval.likelihood import common_beginning, loglikelihoods, sampling
 from goose_mm.eval.task import TaskOptions, grouped
 from goose_mm.eval.text_tasks import HEADING, MMLU, BitsPerByte, Lambada
-from goose_mm.text import RWKV7LM, BPETokenizer
+from goose_mm.text import RWKV7LM
 
 OPTIONS = TaskOptions()
 PAIRS = [
@@ -31,19 +31,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def model() -> RWKV7LM:
-    tokenizer = BPETokenizer.train(
-        ["the goose swam over the wide river, Answer: A B C D " * 9], 300
-    )
-    torch.manual_seed(0)
-    config = TextModel(
-        backbone=BackboneConfig(dim=64, num_layers=2),
-        text=TextConfig(vocab_size=tokenizer.vocab_size, tokenizer="bpe"),
-    )
-    lm = RWKV7LM(config, tokenizer).double().eval()
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return lm
+    return text_model(["the goose swam over the wide river, Answer: A B C D " * 9])
 
 
 def direct(model, context, continuation, state=None):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tiny import text_model
 
-from goose_mm.config import BackboneConfig, TextConfig, TextModel
-from goose_mm.text import RWKV7LM, BPETokenizer, Sampling
+from goose_mm.text import RWKV7LM, Sampling
 from goose_mm.text.generate import Sampler, Writer, complete, decode, prefill
 
 PROMPTS = ["The goose", "A", "Once upon a time there was a wide river, and", "é漢字"]
@@ -12,17 +12,7 @@ PROMPTS = ["The goose", "A", "Once upon a time there was a wide river, and", "é
 
 @pytest.fixture(scope="module")
 def model() -> RWKV7LM:
-    tokenizer = BPETokenizer.train(["the goose swam over the wide river " * 9, *PROMPTS], 300)
-    torch.manual_seed(0)
-    config = TextModel(
-        backbone=BackboneConfig(dim=64, num_layers=2),
-        text=TextConfig(vocab_size=tokenizer.vocab_size, tokenizer="bpe"),
-    )
-    lm = RWKV7LM(config, tokenizer).double().eval()
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return lm
+    return text_model(["the goose swam over the wide river " * 9, *PROMPTS])
 
 
 SETTINGS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,11 @@ def open_task(name: str, data: Path, options: TaskOptions) -> Task:
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, and lab")
     module, kind = TASKS[name]
-    return getattr(import_module(f"goose_mm.eval.{module}"), kind)(data, options)
+    task = getattr(import_module(f"goose_mm.eval.{module}"), kind)
+    for option, value in asdict(options).items():
+        if value and option not in task.takes:
+            raise ValueError(f"{name} has no use for --{option}; it takes {', '.join(task.takes)}")
+    return task(data, options)
 
 
 def evaluate(

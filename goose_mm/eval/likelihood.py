@@ -213,19 +213,17 @@ def load_model(pretrained: Any, kind: str, device: str = "", dtype: str = "float
     """
     import torch
 
-    from goose_mm.hub import load
+    from goose_mm.hub import open_model
 
-    model = pretrained
     if isinstance(pretrained, str):
         kinds = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16)}
         if dtype not in kinds:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(kinds)}")
-        if not torch.cuda.is_available() and device[:4] in ("", "cuda"):
-            device = "cpu"
-        model = load(pretrained, device or "cuda", kinds[dtype])
-    if model.config.model != kind:
-        raise ValueError(f"this is a {model.config.model} model; the harness needs one for {kind}")
-    return model
+        there = torch.cuda.is_available() or not device.startswith("cuda")
+        return open_model(pretrained, kind, device if there else "cpu", kinds[dtype])
+    if pretrained.config.model != kind:
+        raise ValueError(f"this is a {pretrained.config.model} model; use one for {kind}")
+    return pretrained
 
 
 def whole_number(batch_size: int | str) -> int:

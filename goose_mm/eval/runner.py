@@ -8,7 +8,6 @@ goes on with the same command. Several processes share a run by `shard`; the las
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import resource
@@ -22,6 +21,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from goose_mm.checkpoint import digest
 from goose_mm.eval.report import replace, write_report
 from goose_mm.eval.task import Item, Task, grouped
 
@@ -42,7 +42,7 @@ def run(
     or if another process works on the same shard.
     """
     out.mkdir(parents=True, exist_ok=True)
-    settle(out, {"model": name, "weights": weights_hash(model), **describe(task)})
+    settle(out, {"model": name, "weights": digest(model.state_dict())[:16], **describe(task)})
     mine = grouped(task.items)[shard[0] :: shard[1]]
     file = out / f"predictions-{shard[0]}-of-{shard[1]}.jsonl"
     with exclusively(file) as stream:
@@ -178,18 +178,3 @@ def cost(out: Path) -> dict[str, Any]:
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"seconds": round(sum(line["seconds"] for line in lines), 1), "peak_gib": round(peak, 2)}
-
-
-def weights_hash(model: Any) -> str:
-    """sha256 of a model's weights, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(_bytes()).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8

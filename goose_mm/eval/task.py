@@ -47,6 +47,7 @@ class Task(ABC):
 
     name: str
     kind: str
+    takes: tuple[str, ...] = ("split", "limit")  # the options that mean something to it
     items: list[Item]
     settings: dict[str, Any]
 

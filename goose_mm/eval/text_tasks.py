@@ -97,6 +97,7 @@ class Lambada(TextTask):
     """The last word of a passage that only its whole context gives away (Paperno et al. 2016)."""
 
     name = "lambada"
+    takes = ("limit",)
     files = ("lambada_test.jsonl", "lambada_test_en.jsonl")
 
     def __init__(self, data: Path, options: TaskOptions) -> None:

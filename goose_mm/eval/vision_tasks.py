@@ -20,6 +20,7 @@ class PictureTask(Task):
     """Greedy answers of a vision model; the picture of a group is read once."""
 
     kind = "vision"
+    takes = ("split", "limit", "prompt", "blind")
     default_prompt = SHORT_ANSWER
 
     def __init__(self, options: TaskOptions, split: str) -> None:
@@ -125,6 +126,7 @@ class TextVQA(PictureTask):
     """Questions whose answer is written in the picture (Singh et al. 2019)."""
 
     name = "textvqa"
+    takes = (*PictureTask.takes, "ocr")
 
     def __init__(self, data: Path, options: TaskOptions) -> None:
         split = options.split or "val"

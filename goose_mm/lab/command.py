@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -23,7 +23,7 @@ def learn(
     lr: float = 2e-3,
     max_minutes: float = 10,
     workers: int = 1,
-    device: str = "cpu",
+    device: str = "",
 ) -> None:
     """Train RWKV-7, a transformer and a diagonal RNN of equal size on a task; one figure.
 
@@ -40,8 +40,9 @@ def learn(
         lr: Learning rate.
         max_minutes: At most, of each model.
         workers: Models that are trained at once.
-        device: cpu or cuda.
+        device: cpu or cuda; cuda when there is one.
     """
+    from goose_mm.hub import usable_device
     from goose_mm.lab.experiment import compare
 
     options = {"generators": "swaps"} if swaps else {}
@@ -49,7 +50,8 @@ def learn(
         "task": task, "options": options, "steps": steps, "length": length, "dim": dim,
         "batch_size": batch_size, "lr": lr, "start_length": min(8, length),
     }  # fmt: skip
-    compare(what, out, layers=layers, device=device, workers=workers, max_minutes=max_minutes)
+    running = {"device": usable_device(device), "workers": workers, "max_minutes": max_minutes}
+    compare(what, out, layers=layers, **running)
     print(out / "accuracy.svg")
 
 
@@ -95,18 +97,19 @@ def automata(
 
 
 def precision(
-    *, out: Path, lengths: tuple[int, ...] = (64, 256, 1024, 4096), device: str = "cpu"
+    *, out: Path, lengths: tuple[int, ...] = (64, 256, 1024, 4096), device: str = ""
 ) -> None:
     """Measure the rounding error of every kernel by dtype and length; one figure.
 
     Args:
         out: Folder of the results.
         lengths: Tokens.
-        device: cpu or cuda.
+        device: cpu or cuda; cuda when there is one.
     """
+    from goose_mm.hub import usable_device
     from goose_mm.lab.precision import report
 
-    report(out, lengths, device)
+    report(out, lengths, usable_device(device))
     print(out / "precision.svg")
 
 
@@ -117,7 +120,7 @@ def position(
     model: str = "goose-tiny-text",
     length: int = 4096,
     pieces: int = 32,
-    device: str = "cpu",
+    device: str = "",
 ) -> None:
     """Measure a text model's loss by position: does it go on to learn from what it reads?
 
@@ -127,11 +130,14 @@ def position(
         model: A shipped name, a folder, an official .pth or a hub id.
         length: Tokens of a piece.
         pieces: At most this many.
-        device: cpu or cuda.
+        device: cpu or cuda; cuda when there is one.
     """
+    from goose_mm.hub import open_model
     from goose_mm.lab.long_context import loss_by_position, save
 
-    found = loss_by_position(_load(model, "text", device), text.read_text("utf-8"), length, pieces)
+    found = loss_by_position(
+        open_model(model, "text", device), text.read_text("utf-8"), length, pieces
+    )
     for part in found["bins"]:
         print(f"{part['from']}-{part['to']}  {part['nats']:.4f}")
     print(save(out, "position", found))
@@ -144,7 +150,7 @@ def passkey(
     model: str = "goose-tiny-text",
     lengths: tuple[int, ...] = (128, 512, 2048),
     trials: int = 8,
-    device: str = "cpu",
+    device: str = "",
 ) -> None:
     """Tell a text model a number, let it read on, and ask for the number.
 
@@ -154,11 +160,12 @@ def passkey(
         model: A shipped name, a folder, an official .pth or a hub id.
         lengths: Tokens of filler.
         trials: For each length and depth.
-        device: cpu or cuda.
+        device: cpu or cuda; cuda when there is one.
     """
+    from goose_mm.hub import open_model
     from goose_mm.lab.long_context import passkey, save
 
-    read = _load(model, "text", device)
+    read = open_model(model, "text", device)
     rows = passkey(read, filler.read_text("utf-8"), lengths, trials=trials)
     for row in rows:
         told = "length {length}, depth {depth}: found {found:.2f}, nats {nats:.2f}"
@@ -174,7 +181,7 @@ def needle(
     out: Path,
     model: str = "goose-tiny-audio",
     seconds: tuple[float, ...] = (10, 30, 120),
-    device: str = "cpu",
+    device: str = "",
 ) -> None:
     """Hide a clip in a long recording, and see how its label's score fades.
 
@@ -185,25 +192,17 @@ def needle(
         out: Folder of the result.
         model: A shipped name or a folder.
         seconds: Lengths of the recording.
-        device: cpu or cuda.
+        device: cpu or cuda; cuda when there is one.
     """
+    from goose_mm.hub import open_model
     from goose_mm.lab.long_context import needle, save
 
-    rows = needle(_load(model, "audio", device), clip, hay, label, seconds)
+    rows = needle(open_model(model, "audio", device), clip, hay, label, seconds)
     for row in rows:
         print(
             "{seconds:g} s: {start:.3f} {middle:.3f} {end:.3f}, without {without:.3f}".format(**row)
         )
     print(save(out, "needle", rows))
-
-
-def _load(name: str, kind: str, device: str) -> Any:
-    from goose_mm.hub import load
-
-    model: Any = load(name, device)
-    if model.config.model != kind:
-        raise ValueError(f"{name} is a {model.config.model} model; give one for {kind}")
-    return model
 
 
 VERBS: dict[str, Callable[..., None]] = {

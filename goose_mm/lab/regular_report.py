@@ -1,8 +1,7 @@
-"""Random automata against their recognisers: `python -m goose_mm.lab.regular_report --help`."""
+"""Random automata against their recognisers."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -76,9 +75,3 @@ def verdicts(dfa: DFA, word: str) -> list[bool]:
     symbols = map(dfa.symbol, word)
     states = accumulate(symbols, lambda q, symbol: dfa.transitions[q][symbol], initial=dfa.start)
     return [q in dfa.accepting for q in states]
-
-
-if __name__ == "__main__":
-    import tyro
-
-    print(json.dumps(tyro.cli(check_random)))

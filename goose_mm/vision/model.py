@@ -11,7 +11,6 @@ all its questions. Picture tokens enter like word embeddings, before the stack's
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from goose_mm.backbone import State
 from goose_mm.backbone.time_mix import upcast
+from goose_mm.checkpoint import digest
 from goose_mm.config import ConfigError, TextModel, VisionConfig, VisionModel
 from goose_mm.text.generate import Sampling, need_tokenizer, prefill, write
 from goose_mm.text.model import RWKV7LM
@@ -164,12 +164,8 @@ class VisualRWKV7(nn.Module):
             (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors.values()
         )
         if self._weights_seen[0] != version:
-            digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-            for name, tensor in sorted(tensors.items()):
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                flat = tensor.detach().cpu().contiguous().flatten()
-                digest.update(flat.view(torch.uint8).numpy().data)
-            self._weights_seen = (version, digest.hexdigest())
+            settings = json.dumps(asdict(self.config), sort_keys=True)
+            self._weights_seen = (version, digest(tensors, settings))
         return self._weights_seen[1]
 
     def ask(self, image: Pictures | Prefix | None, question: str, **settings: Any) -> str:
