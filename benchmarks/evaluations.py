@@ -10,6 +10,8 @@ the run of `train audio_tiny --data.test-fold 4` as `--clip-run`, and scores it 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -67,6 +69,7 @@ def examine(task: str, data: Path, out: Path, *more: str) -> None:
 def keep(name: str, out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     report["cost"] = json.loads((out / "cost.json").read_text())
+    report["hardware"] = f"{platform.machine()}, {os.cpu_count()} CPU cores"
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{name}: {report['measure']} {report['score']:.4g}")

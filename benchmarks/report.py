@@ -133,7 +133,7 @@ def evaluations(reports: list[dict[str, Any]]) -> str:
             details.append(f"- {settings['task']}, {kind}: {parts}.")
         told = ", ".join(f"{k} `{v}`" for k, v in settings.items() if k not in ("task", "model"))
         cost = f"{report['cost']['seconds']} s, {report['cost']['peak_gib']} GiB"
-        details.append(f"- {settings['task']}, settings: {told}; {cost} on the CPU.")
+        details.append(f"- {settings['task']}, settings: {told}; {cost}, {report['hardware']}.")
     return "\n".join([*lines, "", *details])
 
 

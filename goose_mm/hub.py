@@ -67,7 +67,9 @@ def open_model(name: str, kind: str, device: str = "", dtype: torch.dtype | None
     model: Any = load(name, usable_device(device), dtype)
     found = model.config.model
     if found != kind:
-        raise ValueError(f"{name} is a {found} model; use one for {kind}, like goose-tiny-{kind}")
+        raise ValueError(
+            f"{name} is a model for {found}; use one for {kind}, like goose-tiny-{kind}"
+        )
     return model
 
 

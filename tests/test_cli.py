@@ -176,7 +176,7 @@ def test_wrong_recipe_key_names_the_known_ones(complaint, tmp_path):
 
 def test_a_model_of_another_kind_is_refused(complaint, models, picture):
     said = complaint("ask", picture, "What is this?", "--model", models["text"])
-    assert "is a text model" in said and "goose-tiny-vision" in said
+    assert "is a model for text" in said and "goose-tiny-vision" in said
 
 
 # broken input

@@ -223,7 +223,7 @@ def test_wrong_arguments_say_so(text_model, vision_model):
     make = importlib.import_module("goose_mm.eval.lm_eval_plugin").GooseLM
     with pytest.raises(ValueError, match="batch_size must be a number, as 64; it is 'auto'"):
         make(text_model, batch_size="auto")
-    with pytest.raises(ValueError, match="this is a vision model; use one for text"):
+    with pytest.raises(ValueError, match="this is a model for vision; use one for text"):
         make(vision_model)
     with pytest.raises(ValueError, match="dtype 'int8' is not one of float32, bfloat16"):
         make("goose-tiny-text", dtype="int8")

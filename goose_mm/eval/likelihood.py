@@ -222,7 +222,7 @@ def load_model(pretrained: Any, kind: str, device: str = "", dtype: str = "float
         there = torch.cuda.is_available() or not device.startswith("cuda")
         return open_model(pretrained, kind, device if there else "cpu", kinds[dtype])
     if pretrained.config.model != kind:
-        raise ValueError(f"this is a {pretrained.config.model} model; use one for {kind}")
+        raise ValueError(f"this is a model for {pretrained.config.model}; use one for {kind}")
     return pretrained
 
 
