@@ -19,6 +19,7 @@
 #define KERNEL(threads, blocks) static void
 #define SIZES(threads, bytes) static_assert(threads && bytes, "")
 
+struct uint2 { u32 x, y; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 
@@ -97,6 +98,7 @@ inline u16 to_half(float x) { _Float16 f = x; u16 h; memcpy(&h, &f, 2); return h
 }  // namespace simt
 
 DEVICE int thread() { return simt::current; }
+DEVICE int thread_anew() { return thread(); }
 DEVICE int block_x() { return simt::x; }
 DEVICE int block_y() { return simt::y; }
 DEVICE int blocks_x() { return simt::width; }
@@ -117,10 +119,16 @@ template <class T> T shuffle(T x, int lane) { return from_lane(x, lane & 31); }
 template <class T> T shuffle_xor(T x, int mask) { return from_lane(x, (thread() & 31) ^ mask); }
 template <class T> T shuffle_down(T x, int by) { return from_lane(x, std::min((thread() & 31) + by, 31)); }
 
+DEVICE u32 largest_of_warp(u32 x) {
+  for (int mask = 16; mask; mask /= 2) x = std::max(x, shuffle_xor(x, mask));
+  return x;
+}
+
 DEVICE void copy_async(void* to, const void* from, bool valid) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16) simt::failure = "a copy of 16 bytes is not aligned";
   simt::fibers[thread()].open.push_back({to, from, valid});
 }
+DEVICE void prefetch(const void*) {}
 DEVICE void copy_commit() {
   auto& fiber = simt::fibers[thread()];
   fiber.groups.push_back(fiber.open);

@@ -25,10 +25,10 @@ HEAD_SIZES = (64, 128)
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 # (head size, bytes of a number) -> (shared memory that a block needs, chunks of a segment)
 SEGMENTS = {
-    (64, 2): ((115_296, 3), (88_672, 2)),
-    (64, 4): ((158_304, 3), (117_344, 2), (83_968, 1)),
-    (128, 2): ((221_856, 2), (154_272, 1)),
-    (128, 4): ((182_944, 1),),
+    (64, 2): ((114_736, 3), (88_112, 2)),
+    (64, 4): ((157_744, 3), (116_784, 2), (92_176, 1)),
+    (128, 2): ((219_216, 2), (151_632, 1)),
+    (128, 4): ((180_304, 1),),
 }
 NUMBERS = 5  # T, heads, rows, slots, reverse: what follows the pointers
 

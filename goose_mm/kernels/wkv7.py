@@ -1,26 +1,19 @@
-"""The WKV-7 operator: contract, shape checks, choice of the kernel, registration with PyTorch.
-
-Every kernel is a module with `unavailable(device, dtype, head_size)`, `empty_saved(...)`,
-`forward(...)`, `backward(...)` as in `chunked.py`, and one line in KERNELS below.
-"""
+"""The WKV-7 operator: contract, shape checks, choice of the kernel."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goose_mm.kernels import chunked, cuda, triton
-from goose_mm.kernels.reference import by_definition, work_dtype
+from goose_mm.kernels.autograd import KERNELS, REVERSE, host_offsets, scan, without_autocast
+from goose_mm.kernels.reference import by_definition
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences)
 
 Direction = Literal["forward", "backward", "both"]
-REVERSE = {"forward": (False,), "backward": (True,), "both": (False, True)}
-# First choice first; "reference" stands for the definition itself.
-KERNELS = {"cuda": cuda, "triton": triton, "chunked": chunked}
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
 
 
@@ -73,13 +66,11 @@ def wkv7(
     inputs = (r, log_w, k, v, kappa, a)
     check(inputs, state, cu_seqlens, direction)
     if kernel == "reference":
-        with torch.autocast(r.device.type, enabled=False):
+        with without_autocast(r.device):
             offsets = host_offsets(cu_seqlens, r.shape[1])
             y, last = by_definition(inputs, state, offsets, REVERSE[direction])
     else:
-        tensors = inputs if state is None else (*inputs, state)
-        save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        y, last, _ = wkv7_forward(*inputs, state, cu_seqlens, direction, kernel, save)
+        y, last = scan(inputs, state, cu_seqlens, direction, kernel)
     return (y, last) if stacked else (y.squeeze(0), last.squeeze(0))
 
 
@@ -141,137 +132,3 @@ def check(
                 f"state is {given} on {state.device}; direction={direction!r} and these inputs "
                 f"want {wanted} on {r.device}"
             )
-
-
-def host_offsets(cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
-    """The offsets on the host, checked. On CUDA this waits for the device."""
-    if cu_seqlens is None:
-        return None
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {offsets}")
-    return offsets
-
-
-def kernel_offsets(kernel: str, cu_seqlens: Tensor | None, tokens: int) -> Any:
-    """The offsets as a kernel wants them; on the device they are neither checked nor waited for."""
-    return host_offsets(cu_seqlens, tokens) if kernel == "chunked" else cu_seqlens
-
-
-INPUTS = ", ".join(f"Tensor {name}" for name in NAMES) + ", Tensor? state, Tensor? cu_seqlens"
-
-
-@torch.library.custom_op(
-    "goose_mm::wkv7_forward",
-    mutates_args=(),
-    schema=f"({INPUTS}, str direction, str kernel, bool save) -> (Tensor, Tensor, Tensor)",
-)
-def wkv7_forward(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    direction: str,
-    kernel: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y `[D, B, T, H, N]`, last states `[D, S, H, N, N]`, saved states `[D, K, B, H, N, N]`."""
-    offsets = kernel_offsets(kernel, cu_seqlens, r.shape[1])
-    with torch.autocast(r.device.type, enabled=False):
-        inputs = (r, log_w, k, v, kappa, a)
-        return KERNELS[kernel].forward(inputs, state, offsets, REVERSE[direction], save)
-
-
-@wkv7_forward.register_fake
-def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
-    B, T, H, N = r.shape
-    D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
-    return (
-        r.new_empty(D, B, T, H, N),
-        r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype)),
-        KERNELS[kernel].empty_saved(r, D, save),
-    )
-
-
-@torch.library.custom_op(
-    "goose_mm::wkv7_backward",
-    mutates_args=(),
-    schema=f"({INPUTS}, Tensor saved, Tensor? dy, Tensor? dlast, str direction, str kernel)"
-    " -> Tensor[]",
-)
-def wkv7_backward(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    saved: Tensor,
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    direction: str,
-    kernel: str,
-) -> list[Tensor]:
-    """Gradients of the six inputs and of the initial states."""
-    offsets = kernel_offsets(kernel, cu_seqlens, r.shape[1])
-    with torch.autocast(r.device.type, enabled=False):
-        grads, first = KERNELS[kernel].backward(
-            (r, log_w, k, v, kappa, a), state, offsets, REVERSE[direction], saved, dy, dlast
-        )
-    return [*grads, first]
-
-
-@wkv7_backward.register_fake
-def _(r, log_w, k, v, kappa, a, state, cu_seqlens, saved, dy, dlast, direction, kernel):
-    B, _, H, N = r.shape
-    D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
-    first = r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype))
-    return [*(x.new_empty(x.shape) for x in (r, log_w, k, v, kappa, a)), first]
-
-
-def save_for_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.direction, ctx.kernel, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)
-
-
-def backward(ctx, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None):
-    *inputs, state, cu_seqlens, saved = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
-        grads = backward_by_definition(inputs, state, cu_seqlens, ctx.direction, dy, dlast)
-    else:
-        *grads, first = torch.ops.goose_mm.wkv7_backward(
-            *inputs, state, cu_seqlens, saved, dy, dlast, ctx.direction, ctx.kernel
-        )
-        grads.append(None if state is None else first.to(state.dtype))
-    return (*grads, None, None, None, None)
-
-
-def backward_by_definition(
-    inputs: list[Tensor],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    direction: str,
-    dy: Tensor | None,
-    dlast: Tensor | None,
-) -> list[Tensor | None]:
-    """The same gradients from the loop over time: differentiable, but memory grows with T N^2."""
-    inputs = [x.view_as(x) for x in inputs]  # apart, should one tensor be given twice
-    state = None if state is None else state.view_as(state)
-    wanted = [x for x in (*inputs, state) if x is not None and x.requires_grad]
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        offsets = host_offsets(cu_seqlens, inputs[0].shape[1])
-        outputs = by_definition(inputs, state, offsets, REVERSE[direction])
-        pairs = [(y, d) for y, d in zip(outputs, (dy, dlast), strict=True) if d is not None]
-        ys, dys = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in (*inputs, state)]
-
-
-wkv7_forward.register_autograd(backward, setup_context=save_for_backward)

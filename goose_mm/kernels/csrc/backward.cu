@@ -16,25 +16,36 @@ enum { dY_ = INPUTS, LOADS };
 enum { drk_, dre_, dak_, dae_ };
 constexpr int SPAN = SEGMENT * Q;
 constexpr int MAKERS = 4, THREADS = 64 * WARPS;  // on the way back two warps share 16 values, or 16 keys
+constexpr int SUMS = (Q + 1) * RUNNING;
 
-struct Shared {
-  IO inputs[SEGMENT][LOADS][Q * N];
-  Chunk chunk;
-  f16 rest[2][Q * N];              // of K and E
-  Squares squares[SEGMENT];
-  f16 S0[SEGMENT][N * N];          // TOKENS [values, keys]
-  f16 f_t[SEGMENT][N * Q];         // SQUARE [values, tokens]
-  f16 P[N * N], dz_t[N * Q];       // while states are found again, room for a second chunk
-  f16 dY[Q * N];
-  Squares dscores;                 // drk, dre, dak, dae
-  float running[(Q + 1) * RUNNING];      // g - c, from before the first token on
-  float decay[3][N], carry[WARPS][N], largest[2][2 * WARPS];
+// What finding the states again leaves of a chunk.
+struct Found {
+  f16 S0[N * N];            // STATE; later the running sums of the chunk before
+  f16 minus_f[N * Q];       // SQUARE [values, tokens]
+  Squares squares;
 };
+struct Back {
+  f16 P[N * N];             // STATE
+  f16 dz[N * Q];            // SQUARE [values, tokens]
+  Squares dscores;          // drk, dre, dak, dae
+};
+struct Shared {
+  IO inputs[SEGMENT][LOADS][Q * N];  // once chunks are made of them, room for more: see E_rest, exchange
+  Chunk chunk;
+  union {
+    Chunk other;            // while states are found again
+    Back back;
+  };
+  Found found[SEGMENT];
+  f16 dY[Q * ROW], K_rest[Q * ROW];
+  float running[SUMS], decay[3][N], carry[WARPS][N], largest[2 * WARPS];
+};
+static_assert(sizeof(float) * SUMS <= sizeof(f16) * N * N && 2 * WARPS * Q * 16 * sizeof(float) <= 4 * Q * N * sizeof(IO), "");
 
 template <int (*at)(int, int)> DEVICE void store_operand(f16* to, const u32 (&x)[4], int row, int col, const Lane& l) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    *(u32*)(to + at(row + l.group + 8 * (i & 1), (col ^ 8 * (i >> 1)) + l.pair)) = x[i];
+    *(u32*)(to + at(row + l.group + 8 * (i & 1), col + 8 * (i >> 1)) + l.pair) = x[i];
 }
 
 template <int half> DEVICE void halve(float* x, bool upper, int mask) {
@@ -50,9 +61,8 @@ template <int J> DEVICE void sum_values(float* to, const float (&P)[J][4], const
   float x[2 * J];
 #pragma unroll
   for (int j = 0; j < J; j++) {
-    int key = l.key + 8 * j + l.pair;
-    float2 a = load_pair(S0 + tokens_at(l.value + l.group, key));
-    float2 b = load_pair(S0 + tokens_at(l.value + l.group + 8, key));
+    const f16* two = S0 + state_at(l.value + l.group, l.key + 8 * j) + l.pair;
+    float2 a = load_pair(two), b = load_pair(two + 8 * 16);
     x[2 * j] = P[j][0] * a.x + P[j][2] * b.x;
     x[2 * j + 1] = P[j][1] * a.y + P[j][3] * b.y;
   }
@@ -61,10 +71,7 @@ template <int J> DEVICE void sum_values(float* to, const float (&P)[J][4], const
   halve<J / 2>(x, l.lane & 8, 8);
   halve<J / 4>(x, l.lane & 4, 4);
 #pragma unroll
-  for (int i = 0; i < J / 4; i++) {
-    int j = l.group * (J / 4) + i;
-    to[l.key + 8 * (j >> 1) + l.pair + (j & 1)] = x[i];
-  }
+  for (int i = 0; i < J / 4; i++) to[l.key + l.group * (J / 4) / 4 * 16 + l.four + (l.group * (J / 4) + i) % 4] = x[i];
 }
 
 KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
@@ -109,102 +116,110 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
   for (int i = 0; i < SEGMENT; i++) request(segments - 1, i);
   for (int i = 0; i < SEGMENT - (chunks - (segments - 1) * SEGMENT); i++) request(segments - 2, i);
 
+  auto saved_before = [&](int segment) {
+    i64 slot = (sequence.first + segment * SPAN) / SPAN - 1;
+    return saved + (((d * slots + slot) * rows + row) * heads + head) * N * N;
+  };
+
+  // How large the gradients are at the end of a chunk: of its tokens, and of the state after it.
+  int token = 2 * (warp & 7), col = warp / 8 * 64;  // of this warp, where it does two tokens
+  const int my_token = token + (l.lane >> 4), channel = col + 4 * (l.lane & 15);
+  auto measure = [&](const IO* dY) {
+    float top = 0;
+    auto reach = [&](float x) { top = largest(top, magnitude(x)); return x; };
+    each(load_four(dY + raw_at(my_token, channel)), reach);
+    each_four(G, l, [&](int, int, float4& x) { each(x, reach); });
+    top = bits_float(largest_of_warp(float_bits(top)));  // what is not negative sorts as its bits do
+    if (l.lane == 0) shared.largest[warp] = top;
+  };
+
   for (int segment = segments - 1; segment >= 0; segment--) {
     int count = chunks - segment * SEGMENT < SEGMENT ? chunks - segment * SEGMENT : SEGMENT;
-    // The last chunk is made into shared.chunk, where the way back begins; the one before it into P and dz.
-    auto chunk_of = [&](int i) -> Chunk& { return (count - 1 - i) & 1 ? *(Chunk*)shared.P : shared.chunk; };
+    // The last chunk is made into shared.chunk, where the way back begins.
+    auto chunk_of = [&](int i) -> Chunk& { return (count - 1 - i) & 1 ? shared.other : shared.chunk; };
     sync_threads();  // the last slot of the segment after this one is free
     if (segment < segments - 1) request(segment, SEGMENT - 1);
     if (maker) {
-      const Lane making(WARPS);
+      const Lane making(WARPS, 1, thread_anew());
+      auto sum = [&](int i) {
+        sum_decay<false>(shared.running, shared.decay[i % 3], shared.inputs[slot_of(segment, i)][log_w_], making);
+      };
+      if (making.warp < MAKERS) {
+        await();
+        sync_some<1, 32 * MAKERS>();
+        sum(0);
+        sync_some<1, 32 * MAKERS>();
+      }
       for (int i = 0; i < count; i++) {
         if (making.warp < MAKERS) {
-          const auto& raw = shared.inputs[slot_of(segment, i)];
-          bool end = i == count - 1;
-          await();
-          sync_some<1, 32 * MAKERS>();  // the inputs are here
-          for (int col = 0; col < N; col += 64) sum_decay<false>(shared.carry[0], raw[log_w_], col, making);
-          sync_some<1, 32 * MAKERS>();
+          auto& raw = shared.inputs[slot_of(segment, i)];
+          bool last = i == count - 1;
           for (int col = 0; col < N; col += 64)
-            prepare<4>(chunk_of(i), raw, shared.carry[0], shared.decay[i % 3], end ? shared.running : nullptr,
-                       end ? shared.rest : nullptr, 4 * making.warp, col, making);
-          sync_some<1, 32 * MAKERS>();
-          relate(chunk_of(i), shared.squares[i], shared.carry[0], making);
+            prepare<4, dense_at>(chunk_of(i), raw, shared.running, last ? shared.K_rest : nullptr, (f16*)raw[log_w_], 4 * making.warp, col, making);
+          if (!last) await();
+          sync_some<1, 32 * MAKERS>();  // the chunk is here, and the inputs of the next
+          if (!last) sum(i + 1);
+          relate(chunk_of(i), shared.found[i].squares, shared.carry[0], making);
         }
         sync_threads();  // this chunk is made, and the one before it is read
       }
     } else {  // the states before each chunk, and what was found there
-      const Lane l;
+      const Lane l(0, 1, thread_anew());
       float S[N / 8][4] = {};
       if (segment > 0) {
-        i64 slot = (sequence.first + segment * SPAN) / SPAN - 1;
-        load_state(S, saved + (((d * slots + slot) * rows + row) * heads + head) * N * N, l);
+        load_state(S, saved_before(segment), l);
       } else if (state) {
         load_state(S, state + here, l);
       }
       for (int i = 0; i < count; i++) {
         sync_threads();
         const Chunk& chunk = chunk_of(i);
+        Found& found = shared.found[i];
         if (i == 0) scale(S, shared.decay[0], 1, l);
         else scale(S, shared.decay[(i - 1) % 3], shared.decay[i % 3], l);
         u32 s0[N / 16][4], v_t[4], x[4];
         as_operand(s0, S);
 #pragma unroll
-        for (int key = 0; key < N; key += 16) store_operand<tokens_at>(shared.S0[i], s0[key / 16], l.value, key, l);
+        for (int key = 0; key < N; key += 16) store_operand<state_at>(found.S0, s0[key / 16], l.value, key, l);
         float z[2][4] = {}, f[2][4] = {};
         left_of_transposed<tokens_at>(v_t, chunk.V, l, l.value, 0);
-        find(z, s0, v_t, chunk, shared.squares[i], l);
+        find(z, s0, v_t, chunk, found.squares, l);
         if (i < count - 1) add_product(S, v_t, chunk.K, l);
-        solve(f, z, shared.squares[i], l);
-        as_operand(x, f);
-        store_operand<square_at>(shared.f_t[i], x, l.value, 0, l);
+        solve(f, z, found.squares, l);
         as_operand(x, f, -1);
+        store_operand<square_at>(found.minus_f, x, l.value, 0, l);
         if (i < count - 1) add_product(S, x, chunk.E, l);
       }
     }
+    if (segment > 1 && thread() < N * N / 64) prefetch(saved_before(segment - 1) + 64 * thread());
+    measure(shared.inputs[slot_of(segment, count - 1)][dY_]);
+    sync_threads();  // all is there for the way back
+
     for (int i = count - 1; i >= 0; i--) {
       const Chunk& chunk = shared.chunk;
-      const Squares& squares = shared.squares[i];
-      const f16 *S0 = shared.S0[i], *f_t = shared.f_t[i];
-      const auto& raw = shared.inputs[slot_of(segment, i)];
-      float* decay = shared.decay[i % 3];
-      int c = segment * SEGMENT + i, token = 2 * (warp & 7), col = warp / 8 * 64, channel = col + l.lane * 2;
-      bool made = i == count - 1;
-      if (!made && warp < N / 16) sum_decay<false>(shared.carry[0], raw[log_w_], warp / 4 * 64, l);
-      sync_threads();  // nobody reads the last chunk any more
-      if (!made) {
-        request(segment - 1, SEGMENT - 2 - i);
-        prepare<2>(shared.chunk, raw, shared.carry[0], decay, shared.running, shared.rest, token, col, l);
-      }
-      float2 dout[2];
+      const Found& found = shared.found[i];
+      Back& back = shared.back;
+      auto& raw = shared.inputs[slot_of(segment, i)];
+      f16* E_rest = (f16*)raw[log_w_];
+      const float *decay = shared.decay[i % 3], *running = i == count - 1 ? shared.running : (float*)shared.found[i + 1].S0;
+      int c = segment * SEGMENT + i;
       float top = 0;
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        dout[j] = load_pair(raw[dY_] + tokens_at(token + j, channel));
-        top = largest(top, largest(magnitude(dout[j].x), magnitude(dout[j].y)));
-      }
-      each_pair(G, l, [&](int, int, float& x, float& y) { top = largest(top, largest(magnitude(x), magnitude(y))); });
-#pragma unroll
-      for (int mask = 16; mask; mask /= 2) top = largest(top, shuffle_xor(top, mask));
-      if (l.lane == 0) shared.largest[i & 1][warp] = top;
-      sync_threads();  // the inputs as f16, and how large the gradients are
-#pragma unroll
-      for (int w = 0; w < 2 * WARPS; w++) top = largest(top, shared.largest[i & 1][w]);
+      for (int w = 0; w < 2 * WARPS; w++) top = largest(top, shared.largest[w]);
       u32 exponent = float_bits(top) >> 23;
       exponent = exponent < 32 ? 32 : exponent > 222 ? 222 : exponent;
       float up = bits_float((254 - exponent) << 23), down = bits_float(exponent << 23), shift = (int)exponent - 127;
-#pragma unroll
-      for (int j = 0; j < 2; j++)
-        store_pair(shared.dY + tokens_at(token + j, channel), dout[j].x * up, dout[j].y * up);
+      float4 dout = load_four(raw[dY_] + raw_at(my_token, channel));
       scale(G, decay, up, l);  // now P
-      {
-        u32 p[N / 32][4];
-        as_operand(p, G);
+      sum_values(shared.carry[l.value / 16], G, found.S0, l);
+      if (i < count - 1) prepare<2, dense_at>(shared.chunk, raw, running, shared.K_rest, E_rest, token, col, l);
+      store_split<tokens_at>(shared.dY, my_token, channel, dout * up);
+      u32 p[N / 32][4];
+      as_operand(p, G);
 #pragma unroll
-        for (int k = 0; k < N / 32; k++) store_operand<tokens_at>(shared.P, p[k], l.value, l.key + 16 * k, l);
-      }
-      sum_values(shared.carry[l.value / 16], G, S0, l);
-      sync_threads();  // dY and P are here
+      for (int k = 0; k < N / 32; k++) store_operand<state_at>(back.P, p[k], l.value, l.key + 16 * k, l);
+      sync_threads();  // the inputs as f16, dY and P are here
+      if (i < count - 1) request(segment - 1, SEGMENT - 2 - i);
 
       // One of the two warps finds dz of their values, the other dV.
       u32 dy_t[4], dz_t[4], x[4], b[4];
@@ -213,157 +228,172 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       if (half) {
 #pragma unroll
         for (int key = 0; key < N; key += 16) {
-          u32 p[4];
-          left<tokens_at>(p, shared.P, l, l.value, key);
+          right_of_transposed<state_at>(b, back.P, l, l.value, key);
           left<tokens_at>(x, chunk.K, l, 0, key);
-          multiply_add_flipped(dV, x, p);
-          left<tokens_at>(x, shared.rest[0], l, 0, key);
-          multiply_add_flipped(dV, x, p);
+          multiply_add(dV, x, b);
+          left<tokens_at>(x, shared.K_rest, l, 0, key);
+          multiply_add(dV, x, b);
         }
-        left_of_transposed<square_at>(x, squares[rk_], l, 0, 0);
-        multiply_add_flipped(dV, x, dy_t);
+        left_of_transposed<square_at>(x, found.squares[rk_], l, 0, 0);
+        right<tokens_at>(b, shared.dY, l, 0, l.value);
+        multiply_add(dV, x, b);
       } else {
         float minus[2][4] = {}, dz[2][4] = {};
 #pragma unroll
         for (int key = 0; key < N; key += 16) {
-          u32 p[4];
-          left<tokens_at>(p, shared.P, l, l.value, key);
+          left<state_at>(x, back.P, l, l.value, key);
           right_of_transposed<tokens_at>(b, chunk.E, l, 0, key);
-          multiply_add(minus, p, b);
-          right_of_transposed<tokens_at>(b, shared.rest[1], l, 0, key);
-          multiply_add(minus, p, b);
+          multiply_add(minus, x, b);
+          right_of_transposed<dense_at>(b, E_rest, l, 0, key);
+          multiply_add(minus, x, b);
         }
-        right<square_at>(b, squares[re_], l, 0, 0);
+        right<square_at>(b, found.squares[re_], l, 0, 0);
         multiply_add(minus, dy_t, b);
         as_operand(x, minus, -1);
-        right<square_at>(b, squares[X_], l, 0, 0);
+        right<square_at>(b, found.squares[X_], l, 0, 0);
         multiply_add(dz, x, b);
         as_operand(dz_t, dz);
-        store_operand<square_at>(shared.dz_t, dz_t, l.value, 0, l);
+        store_operand<square_at>(back.dz, dz_t, l.value, 0, l);
       }
       sync_threads();  // dz is here
-      left<square_at>(dz_t, shared.dz_t, l, l.value, 0);
+      left<square_at>(dz_t, back.dz, l, l.value, 0);
       add_product(G, dy_t, chunk.R, l);
       add_product(G, dz_t, chunk.A, l);
       scale(G, decay, down, l);
       if (half) {
-        left_of_transposed<square_at>(x, squares[ak_], l, 0, 0);
-        multiply_add_flipped(dV, x, dz_t);
+        left_of_transposed<square_at>(x, found.squares[ak_], l, 0, 0);
+        right_of_transposed<square_at>(b, back.dz, l, l.value, 0);
+        multiply_add(dV, x, b);
 #pragma unroll
         for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= down;
         store_tokens(dv + whole, dV, sequence, c, l.value, l);
+      } else if (warp < 8) {  // the gradients of the products of reads and keys
+        int which = warp >> 1;
+        float product[2][4] = {};
+        u32 to[N / 16][4], from[N / 16][4];
+        if (which < 2) {
+#pragma unroll
+          for (int i = 0; i < N / 16; i++) left<tokens_at>(to[i], shared.dY, l, 0, 16 * i);
+        } else {
+#pragma unroll
+          for (int i = 0; i < N / 16; i++) left_of_transposed<square_at>(to[i], back.dz, l, 0, 16 * i);
+        }
+        if (which & 1) {
+#pragma unroll
+          for (int i = 0; i < N / 16; i++) right<square_at>(from[i], found.minus_f, l, 16 * i, 0);
+        } else {
+#pragma unroll
+          for (int i = 0; i < N / 16; i++) right_of_transposed<tokens_at>(from[i], chunk.V, l, 0, 16 * i);
+        }
+#pragma unroll
+        for (int i = 0; i < N / 16; i++) multiply_add(product, to[i], from[i]);
+        store_lower(back.dscores[which], product[0], 0, which < 2 ? 0 : 1, 1, l);
+        store_lower(back.dscores[which], product[1], 8, which < 2 ? 0 : 1, 1, l);
       }
 
-      // From here on a warp is in charge of 8 keys.
-      if (warp < 8) {
-        int which = warp >> 1;
-        float product[4] = {};
+      // From here on two warps share 16 keys: one is in charge of the reads, R and A, the other of the keys, K and E.
+      int key = warp / 2 * 16 + l.four, at = tokens_at(l.group, warp / 2 * 16 + l.pair);
+      float one[2][4] = {}, two[2][4] = {};  // dR and dA, or dK and dE
+      {
+        const f16 *y = half ? chunk.V : shared.dY, *z = half ? found.minus_f : back.dz, *to = half ? back.P : found.S0;
 #pragma unroll
         for (int value = 0; value < N; value += 16) {
-          if (which < 2) left<tokens_at>(x, shared.dY, l, 0, value);
-          else left_of_transposed<square_at>(x, shared.dz_t, l, 0, value);
-          if (which & 1) right<square_at>(b, f_t, l, value, 0);
-          else right_of_transposed<tokens_at>(b, chunk.V, l, 0, value);
-          multiply_add(product, x, half ? b[2] : b[0], half ? b[3] : b[1]);
-        }
-        store_lower(shared.dscores[which], product, 8 * half, which < 2 ? 0 : 1, which & 1 ? -1 : 1, l);
-      }
-      int first = warp * 8, key = first + l.pair;
-      float dR[4] = {}, dA[4] = {}, dK[4] = {}, dE[4] = {};
-#pragma unroll
-      for (int value = 0; value < N; value += 32) {
-        u32 s0[4], p[4];
-        right_tall<tokens_at>(s0, S0, l, value, first);
-        right_tall<tokens_at>(p, shared.P, l, value, first);
-#pragma unroll
-        for (int two = 0; two < 2; two++) {
-          left<tokens_at>(x, shared.dY, l, 0, value + 16 * two);
-          multiply_add(dR, x, s0[2 * two], s0[2 * two + 1]);
-          left_of_transposed<square_at>(x, shared.dz_t, l, 0, value + 16 * two);
-          multiply_add(dA, x, s0[2 * two], s0[2 * two + 1]);
-          left<tokens_at>(x, chunk.V, l, 0, value + 16 * two);
-          multiply_add(dK, x, p[2 * two], p[2 * two + 1]);
-          left_of_transposed<square_at>(x, f_t, l, 0, value + 16 * two);
-          multiply_add(dE, x, p[2 * two], p[2 * two + 1]);
+          right<state_at>(b, to, l, value, warp / 2 * 16);
+          left<tokens_at>(x, y, l, 0, value);
+          multiply_add(one, x, b);
+          left_of_transposed<square_at>(x, z, l, 0, value);
+          multiply_add(two, x, b);
         }
       }
-#pragma unroll
-      for (int j = 0; j < 4; j++) dE[j] = -dE[j];
+      const f16 *One = (half ? chunk.K : chunk.R) + at, *Two = (half ? chunk.E : chunk.A) + at;
       // What the end of the chunk passes on to every decay in it: sum over values of P and the state.
-      float2 R[2], A[2], K[2], E[2], carry = {0, 0};
+      float4 carry = {0, 0, 0, 0};
+      if (half) {
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        int at = tokens_at(l.group + 8 * j, key);
-        R[j] = load_pair(chunk.R + at), A[j] = load_pair(chunk.A + at);
-        K[j] = load_pair(chunk.K + at), E[j] = load_pair(chunk.E + at);
-        carry.x += K[j].x * dK[2 * j] + E[j].x * dE[2 * j];
-        carry.y += K[j].y * dK[2 * j + 1] + E[j].y * dE[2 * j + 1];
-      }
+        for (int t = 0; t < 2; t++)
+          carry = carry + load_split(One + 8 * t * ROW) * four_of(one, t) + load_split(Two + 8 * t * ROW) * four_of(two, t);
 #pragma unroll
-      for (int mask = 4; mask < 32; mask *= 2) {
-        carry.x += shuffle_xor(carry.x, mask);
-        carry.y += shuffle_xor(carry.y, mask);
-      }
+        for (int mask = 4; mask < 32; mask *= 2) carry = carry + each(carry, [&](float x) { return shuffle_xor(x, mask); });
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) {
-        float2 part = load_pair(shared.carry[w] + key);
-        carry.x += part.x, carry.y += part.y;
+        for (int w = 0; w < WARPS; w++) carry = carry + load_four(shared.carry[w] + key);
       }
       sync_threads();  // the gradients of the products are here
-      right_two<tokens_at>(b, chunk.K, chunk.E, l, first);
-      left<square_at>(x, shared.dscores[drk_], l, 0, 0);
-      multiply_add(dR, x, b[0], b[1]);
-      left<square_at>(x, shared.dscores[dak_], l, 0, 0);
-      multiply_add(dA, x, b[0], b[1]);
-      left<square_at>(x, shared.dscores[dre_], l, 0, 0);
-      multiply_add(dR, x, b[2], b[3]);
-      left<square_at>(x, shared.dscores[dae_], l, 0, 0);
-      multiply_add(dA, x, b[2], b[3]);
-      right_two<tokens_at>(b, chunk.R, chunk.A, l, first);
-      left_of_transposed<square_at>(x, shared.dscores[drk_], l, 0, 0);
-      multiply_add(dK, x, b[0], b[1]);
-      left_of_transposed<square_at>(x, shared.dscores[dre_], l, 0, 0);
-      multiply_add(dE, x, b[0], b[1]);
-      left_of_transposed<square_at>(x, shared.dscores[dak_], l, 0, 0);
-      multiply_add(dK, x, b[2], b[3]);
-      left_of_transposed<square_at>(x, shared.dscores[dae_], l, 0, 0);
-      multiply_add(dE, x, b[2], b[3]);
-      float2 both[2], own[2];  // what reaches the decay of a token from it and later ones; from its A
-#pragma unroll
-      for (int t = 0; t < 2; t++) {
-        int j = 2 * t;
-        own[t] = {A[t].x * dA[j], A[t].y * dA[j + 1]};
-        both[t] = {R[t].x * dR[j] + own[t].x - K[t].x * dK[j] - E[t].x * dE[j],
-                   R[t].y * dR[j + 1] + own[t].y - K[t].y * dK[j + 1] - E[t].y * dE[j + 1]};
-#pragma unroll
-        for (int by = 1; by < 8; by *= 2) {
-          float2 later = {shuffle_down(both[t].x, 4 * by), shuffle_down(both[t].y, 4 * by)};
-          if (l.group + by < 8) both[t].x += later.x, both[t].y += later.y;
+      const Lane e(0, 2, thread_anew());
+      {
+        const Squares& scores = back.dscores;
+        u32 first[4], second[4];
+        right<tokens_at>(first, half ? chunk.R : chunk.K, e, 0, warp / 2 * 16);
+        right<tokens_at>(second, half ? chunk.A : chunk.E, e, 0, warp / 2 * 16);
+        if (half) {
+          left_of_transposed<square_at>(x, scores[drk_], e, 0, 0);
+          multiply_add(one, x, first);
+          left_of_transposed<square_at>(x, scores[dak_], e, 0, 0);
+          multiply_add(one, x, second);
+          left_of_transposed<square_at>(x, scores[dre_], e, 0, 0);
+          multiply_add(two, x, first);
+          left_of_transposed<square_at>(x, scores[dae_], e, 0, 0);
+          multiply_add(two, x, second);
+        } else {
+          left<square_at>(x, scores[drk_], e, 0, 0);
+          multiply_add(one, x, first);
+          left<square_at>(x, scores[dre_], e, 0, 0);
+          multiply_add(one, x, second);
+          left<square_at>(x, scores[dak_], e, 0, 0);
+          multiply_add(two, x, first);
+          left<square_at>(x, scores[dae_], e, 0, 0);
+          multiply_add(two, x, second);
         }
       }
-      float2 rest = {shuffle(both[1].x, l.lane & 3), shuffle(both[1].y, l.lane & 3)};
-      both[0].x += rest.x, both[0].y += rest.y;
+      // What reaches the decay of a token from the reads at it and later but its own A, and from the keys.
+      float4 reach[2], sent[2];
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        int t = l.group + 8 * half, j = 2 * half;
-        if (c * Q + t >= sequence.length) continue;
-        float2 g = load_pair(shared.running + (t + 1) * RUNNING + key), g_before = load_pair(shared.running + t * RUNNING + key);
-        float2 grown = {exp2_fast(g.x * LOG2E + shift), exp2_fast(g.y * LOG2E + shift)};
-        float2 before = {exp2_fast(g_before.x * LOG2E + shift), exp2_fast(g_before.y * LOG2E + shift)};
-        float2 shrunk = {exp2_fast(-g.x * LOG2E + shift), exp2_fast(-g.y * LOG2E + shift)};
-        float2 found = load_pair(raw[kappa_] + tokens_at(t, key)), rate = load_pair(raw[a_] + tokens_at(t, key));
-        float2 erased = {dE[j] * shrunk.x, dE[j + 1] * shrunk.y};
-        i64 to = whole + sequence.token(c * Q + t) + key;
-        store_pair(dr + to, dR[j] * grown.x, dR[j + 1] * grown.y);
-        store_pair(dlog_w + to, (both[half].x - own[half].x + carry.x) * down,
-                   (both[half].y - own[half].y + carry.y) * down);
-        store_pair(dk + to, dK[j] * shrunk.x, dK[j + 1] * shrunk.y);
-        store_pair(dkappa + to, dA[j] * before.x + rate.x * erased.x, dA[j + 1] * before.y + rate.y * erased.y);
-        store_pair(da + to, found.x * erased.x, found.y * erased.y);
+      for (int t = 1; t >= 0; t--) {
+        float4 own = load_split(Two + 8 * t * ROW) * four_of(two, t);
+        reach[t] = load_split(One + 8 * t * ROW) * four_of(one, t) + own;
+#pragma unroll
+        for (int by = 1; by < 8; by *= 2)
+          reach[t] = each(reach[t], [&](float x) {
+            float later = shuffle_down(x, 4 * by);
+            if (e.group + by < 8) x += later;
+            return x;
+          });
+        sent[t] = own;
+      }
+      reach[0] = reach[0] + each(reach[1], [&](float x) { return shuffle(x, e.lane & 3); });
+      auto power = [&](float x) { return exp2_fast(x + shift); };
+      float4* exchange = (float4*)raw + e.lane;
+#pragma unroll
+      for (int t = 0; t < 2; t++) {
+        float4 before = load_four(running + (e.group + 8 * t) * RUNNING + key);
+        if (half) sent[t] = carry - reach[t];
+        else reach[t] = reach[t] - sent[t], sent[t] = four_of(two, t) * each(before, power);
+        exchange[32 * (2 * warp + t)] = sent[t];
+      }
+      if (i > 0) {
+        const auto& next = shared.inputs[slot_of(segment, i - 1)];
+        sum_decay<false>((float*)shared.found[i].S0, shared.decay[(i - 1) % 3], next[log_w_], {8 * warp}, e);
+        measure(next[dY_]);
+      }
+      sync_threads();  // the other warp's part is here, nobody reads the chunk any more, and the next can begin
+#pragma unroll
+      for (int t = 0; t < 2; t++) {
+        int token = e.group + 8 * t;
+        if (c * Q + token >= sequence.length) continue;
+        float4 g = load_four(running + (token + 1) * RUNNING + key), given = exchange[32 * (2 * (warp ^ 1) + t)];
+        i64 to = whole + sequence.token(c * Q + token) + key;
+        if (half) {
+          float4 shrunk = each(g * -1, power), erased = four_of(two, t) * shrunk;
+          store_four(dk + to, four_of(one, t) * shrunk);
+          store_four(dkappa + to, given + load_four(raw[a_] + raw_at(token, key)) * erased);
+          store_four(da + to, load_four(raw[kappa_] + raw_at(token, key)) * erased);
+        } else {
+          store_four(dr + to, four_of(one, t) * each(g, power));
+          store_four(dlog_w + to, (reach[t] + given) * down);
+        }
       }
     }
   }
-  each_pair(G, l, [&](int value, int key, float& x, float& y) { store_pair(dstate + here + value * N + key, x, y); });
+  each_four(G, l, [&](int value, int key, float4& x) { store_four(dstate + here + value * N + key, x); });
 }
 
 SIZES(THREADS, sizeof(Shared));

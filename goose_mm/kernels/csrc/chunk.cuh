@@ -17,23 +17,48 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOWEST_LOG_W = -0.7f;
 enum { r_, log_w_, k_, v_, kappa_, a_, INPUTS };
 
-// Shared matrices are stored in pieces of 8, exchanged within a row such that the 8 rows of a
-// piece lie in different banks. TOKENS: [16, N] or [N, N]. SQUARE: [16, 16] or [N, 16].
-DEVICE int tokens_at(int row, int col) { return row * N + (col ^ (row & 7) << 3); }
+// Matrices in shared memory, such that the 8 rows of a piece of 8 x 8 lie in different banks.
+// TOKENS [16, N]: rows with a gap. SQUARE [16, 16] or [N, 16]: halves of rows exchanged. STATE [N values, N keys]:
+// SQUARES of 16 keys; DENSE [16, N] likewise. The place of a constant row or column is a constant, so one register points
+// to a whole matrix. RAW [16, N]: inputs, whose rows are read whole.
+constexpr int ROW = N + 8;
+DEVICE int tokens_at(int row, int col) { return row * ROW + col; }
 DEVICE int square_at(int row, int col) { return row * 16 + (col ^ (row & 4) << 1); }
+DEVICE int state_at(int row, int col) { return (col >> 4) * 16 * N + square_at(row, col & 15); }
+DEVICE int dense_at(int row, int col) { return (col >> 4) * 16 * Q + square_at(row, col & 15); }
+DEVICE int raw_at(int row, int col) { return row * N + (col ^ (row & 7) << 3); }
+
+// Of 16 keys or values, 4 q + 2 h + e (e 0 or 1) stands at 8 h + 2 q + e in all but the inputs: then the numbers of
+// two products that a lane holds of a row are four neighbours. `store_split` puts them there, and returns what f16 holds.
+DEVICE int place(int channel) { return (channel & ~15) + (channel >> 1 & 6); }  // of the first of four
+template <int (*at)(int, int)> DEVICE float4 store_split(f16* to, int row, int channel, float4 x) {
+  u32 first = pack_f16(x.x, x.y), second = pack_f16(x.z, x.w);
+  *(u32*)(to + at(row, place(channel))) = first;
+  *(u32*)(to + at(row, place(channel) + 8)) = second;
+  float2 low = unpack_f16(first), high = unpack_f16(second);
+  return {low.x, low.y, high.x, high.y};
+}
+DEVICE float4 load_split(const f16* p) {
+  float2 low = load_pair(p), high = load_pair(p + 8);
+  return {low.x, low.y, high.x, high.y};
+}
 
 // Where a lane points for a 16 x 16 block at (row, col): four 8 x 8 matrices, down first or right first.
 struct Lane {
-  int warp, lane, group, pair;  // a lane's place in a product's result: rows group, group + 8; columns pair, pair + 1
+  // a lane's place in a product's result: rows group, group + 8; columns pair, pair + 1, and the `four` of two products
+  int warp, lane, group, pair, four;
   int down_row, down_col, right_row, right_col;
   int value, key;  // where this warp's part of a state begins, which `split` warps share
-  METHOD Lane(int first_warp = 0, int split = 1) {
-    warp = (thread() >> 5) - first_warp;
-    lane = thread() & 31;
+  int row;         // the value in the first of this lane's rows, which is two before that in the other
+  METHOD Lane(int first_warp = 0, int split = 1, int thread_ = thread()) {
+    warp = shuffle(thread_ >> 5, 0) - first_warp;  // so the compiler sees that it is one for all
+    lane = thread_ & 31;
     value = warp / split * 16;
     key = warp % split * (N / split);
     group = lane >> 2;
     pair = 2 * (lane & 3);
+    four = 2 * pair;
+    row = value + (group >> 1) * 4 + (group & 1);
     down_row = lane & 15;
     down_col = lane >> 4 << 3;
     right_row = (lane & 7) + (lane >> 4 << 3);
@@ -44,29 +69,21 @@ struct Lane {
 // Operands: `left` and `right` of a product, from a matrix stored as it is read or transposed.
 // left: [m 16, k 16]. right: [k 16, n 16] as two of n 8: {b[0], b[1]} and {b[2], b[3]}.
 template <int (*at)(int, int)> DEVICE void left(u32 (&r)[4], const f16* x, const Lane& l, int m, int k) {
-  load_matrices(r, x + at(m + l.down_row, k ^ l.down_col));
+  load_matrices(r, x + at(m + l.down_row, k + l.down_col));
 }
 template <int (*at)(int, int)> DEVICE void left_of_transposed(u32 (&r)[4], const f16* x, const Lane& l, int m, int k) {
-  load_transposed(r, x + at(k + l.right_row, m ^ l.right_col));
+  load_transposed(r, x + at(k + l.right_row, m + l.right_col));
 }
 template <int (*at)(int, int)> DEVICE void right_of_transposed(u32 (&r)[4], const f16* x, const Lane& l, int n, int k) {
-  load_matrices(r, x + at(n + l.right_row, k ^ l.right_col));
+  load_matrices(r, x + at(n + l.right_row, k + l.right_col));
 }
 template <int (*at)(int, int)> DEVICE void right(u32 (&r)[4], const f16* x, const Lane& l, int k, int n) {
-  load_transposed(r, x + at(k + l.down_row, n ^ l.down_col));
-}
-
-// The same with n 8: of 32 rows, two operands {r[0], r[1]} and {r[2], r[3]} for k and k + 16; of 16 rows of two matrices.
-template <int (*at)(int, int)> DEVICE void right_tall(u32 (&r)[4], const f16* x, const Lane& l, int k, int n) {
-  load_transposed(r, x + at(k + l.lane, n));
-}
-template <int (*at)(int, int)> DEVICE void right_two(u32 (&r)[4], const f16* x, const f16* y, const Lane& l, int n) {
-  load_transposed(r, (l.lane < 16 ? x : y) + at(l.lane & 15, n));
+  load_transposed(r, x + at(k + l.down_row, n + l.down_col));
 }
 
 // Shared memory of one chunk.
 struct Chunk {
-  f16 R[Q * N], A[Q * N], K[Q * N], E[Q * N], V[Q * N];  // TOKENS
+  f16 R[Q * ROW], A[Q * ROW], K[Q * ROW], E[Q * ROW], V[Q * ROW];  // TOKENS
 };
 enum { rk_, re_, ak_, X_ };
 typedef f16 Squares[4][Q * Q];  // SQUARE
@@ -85,8 +102,7 @@ DEVICE void multiply_add_flipped(float (&x)[2][4], const u32 (&left)[4], const u
 // Which tokens of which tensor a block works on.
 struct Sequence {
   i64 at;  // of its first token in the order of the scan, at this head
-  i64 step;
-  int first, length;
+  int step, first, length;
   METHOD Sequence(const int* cu_seqlens, int s, int head, int heads, i64 T, bool reverse) {
     i64 row = s;
     first = 0;
@@ -96,17 +112,14 @@ struct Sequence {
       first = cu_seqlens[s];
       length = cu_seqlens[s + 1] - first;
     }
-    step = (i64)heads * N;
+    step = heads * N;
     at = (row * T + first + (reverse ? length - 1 : 0)) * step + head * N;
     step = reverse ? -step : step;
   }
-  METHOD i64 token(int i) const { return at + i * step; }
+  METHOD i64 token(int i) const { return at + (i64)i * step; }
 };
 
-// Rows of the running sums: 8 of them in different banks.
-constexpr int RUNNING = N + 8;
-
-// Bring chunk `chunk` of some tensors into shared memory (TOKENS), by some warps; zeros behind the end.
+// Bring chunk `chunk` of some tensors into shared memory (RAW), by some warps; zeros behind the end.
 template <int warps, int count> DEVICE void fetch(IO (&tiles)[count][Q * N], const IO* const (&from)[count], const Sequence& s, int chunk, const Lane& l) {
   constexpr int PIECE = 16 / sizeof(IO), PIECES = N / PIECE;
 #pragma unroll
@@ -114,68 +127,89 @@ template <int warps, int count> DEVICE void fetch(IO (&tiles)[count][Q * N], con
     int p = first + 32 * l.warp + l.lane, token = chunk * Q + p / PIECES;
     bool valid = token < s.length;
     i64 at = s.token(valid ? token : 0) + p % PIECES * PIECE;
-    int to = tokens_at(p / PIECES, p % PIECES * PIECE);
+    int to = raw_at(p / PIECES, p % PIECES * PIECE);
 #pragma unroll
     for (int i = 0; i < count; i++) copy_async(tiles[i] + to, from[i] + at, valid);
   }
   copy_commit();
 }
 
-// Sums of log_w over 4 tokens each, [4, N]: what `prepare` starts from. Four warps do 64 channels.
-template <bool check> DEVICE void sum_decay(float* sums, const IO* log_w, int col, const Lane& l) {
-  int four = l.warp & 3;
-  float2 sum = {0, 0};
-  float lowest = 0;
-  col += l.lane * 2;
+// g - c as a power of two: [17, RUNNING], from before the first token on. Rows two apart lie in different banks.
+constexpr int RUNNING = N + 4;
+
+// These running sums, and the decay exp(c) [N], of 8 channels from each of some columns on. All is read before anything is
+// stored, here and in `prepare`: what the compiler cannot tell apart it keeps in order, and waits.
+template <bool check, int some> DEVICE void sum_decay(float* running, float* decay, const IO* log_w, const int (&columns)[some], const Lane& l) {
+  int token = 2 * l.group;
+  float2 sum[some], two[some];
 #pragma unroll
-  for (int i = 4 * four; i < 4 * four + 4; i++) {
-    float2 w = load_pair(log_w + tokens_at(i, col));
-    sum.x += w.x, sum.y += w.y;
-    if (check) lowest = smallest(lowest, smallest(w.x, w.y));
+  for (int i = 0; i < some; i++) {
+    int col = columns[i] + l.pair;
+    float2 one = load_pair(log_w + raw_at(token, col));
+    two[i] = load_pair(log_w + raw_at(token + 1, col));
+    if (check) {
+      float lowest = smallest(smallest(one.x, one.y), smallest(two[i].x, two[i].y));
+      require(lowest >= LOWEST_LOG_W, "log_w below -0.7, the lowest that kernel 'cuda' takes");
+    }
+    two[i].x *= LOG2E, two[i].y *= LOG2E;
+    sum[i] = {one.x * LOG2E + two[i].x, one.y * LOG2E + two[i].y};
   }
-  require(lowest >= LOWEST_LOG_W, "log_w below -0.7, the lowest that kernel 'cuda' takes");
-  store_pair(sums + four * N + col, sum.x, sum.y);
+#pragma unroll
+  for (int by = 1; by < 8; by *= 2)
+#pragma unroll
+    for (int i = 0; i < some; i++) {
+      float2 before = {shuffle(sum[i].x, l.lane - 4 * by), shuffle(sum[i].y, l.lane - 4 * by)};
+      if (l.group >= by) sum[i].x += before.x, sum[i].y += before.y;
+    }
+#pragma unroll
+  for (int i = 0; i < some; i++) {
+    int col = columns[i] + l.pair;
+    float2 half = {shuffle(sum[i].x, l.lane | 28) * .5f, shuffle(sum[i].y, l.lane | 28) * .5f};
+    sum[i].x -= half.x, sum[i].y -= half.y;
+    store_pair(running + (token + 1) * RUNNING + col, sum[i].x - two[i].x, sum[i].y - two[i].y);
+    store_pair(running + (token + 2) * RUNNING + col, sum[i].x, sum[i].y);
+    if (l.group > 0) continue;
+    store_pair(running + col, -half.x, -half.y);
+    store_pair(decay + col, exp2_fast(half.x), exp2_fast(half.y));
+  }
+}
+// The same by three of four warps: the fourth has enough to do in `relate`.
+template <bool check> DEVICE void sum_decay(float* running, float* decay, const IO* log_w, const Lane& l) {
+  if (l.warp > 2) return;
+#pragma unroll
+  for (int first = 0; first < N; first += 64) {
+    sum_decay<check>(running, decay, log_w, {first + 8 * l.warp, first + 24 + 8 * l.warp}, l);
+    if (l.warp < 2) sum_decay<check>(running, decay, log_w, {first + 48 + 8 * l.warp}, l);
+  }
 }
 
-// R, A, K, E, V and the decay exp(c) [N] from the six inputs [16, N]; with `running`, g - c from before the first
-// token on [17, RUNNING]; with `rest`, what f16 cannot hold of K and E, which would add up in the state: it is
-// never removed there. This warp does some tokens from `token` on, of 64 channels.
-template <int tokens, int tensors>
-DEVICE void prepare(Chunk& chunk, const IO (&inputs)[tensors][Q * N], const float* sums, float* decay, float* running, f16 (*rest)[Q * N], int token, int col, const Lane& l) {
-  col += l.lane * 2;
-  float2 g = {0, 0}, total = {0, 0};
+// R, A, K, E, V from the six inputs [16, N], and, where there is room for it, what f16 cannot hold of K and E:
+// it would add up in the state, as it is never removed there. This warp does `tokens` (2 or 4) from `token` on, of 64 channels.
+template <int tokens, int (*E_rest_at)(int, int), int tensors>
+DEVICE void prepare(Chunk& chunk, const IO (&inputs)[tensors][Q * N], const float* running, f16* K_rest, f16* E_rest, int token, int col, const Lane& l) {
+  constexpr int some = tokens / 2;
+  token += l.lane >> 4;
+  col += 4 * (l.lane & 15);
+  float4 before[some], g[some], r[some], k[some], v[some], kappa[some], a[some];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    float2 sum = load_pair(sums + i * N + col);
-    total.x += sum.x, total.y += sum.y;
-    if (4 * i + 4 <= token) g.x += sum.x, g.y += sum.y;
+  for (int i = 0; i < some; i++) {
+    int from = raw_at(token + 2 * i, col);
+    before[i] = load_four(running + (token + 2 * i) * RUNNING + col);
+    g[i] = load_four(running + (token + 2 * i + 1) * RUNNING + col);
+    kappa[i] = load_four(inputs[kappa_] + from), a[i] = load_four(inputs[a_] + from);
+    k[i] = load_four(inputs[k_] + from), r[i] = load_four(inputs[r_] + from), v[i] = load_four(inputs[v_] + from);
   }
-  for (int i = token & ~3; i < token; i++) {
-    float2 w = load_pair(inputs[log_w_] + tokens_at(i, col));
-    g.x += w.x, g.y += w.y;
-  }
-  g.x -= total.x * .5f, g.y -= total.y * .5f;
-  if (token == 0) store_pair(decay + col, exp2_fast(total.x * .5f * LOG2E), exp2_fast(total.y * .5f * LOG2E));
-  if (running && token == 0) store_pair(running + col, g.x, g.y);
-  float2 grown = {exp2_fast(g.x * LOG2E), exp2_fast(g.y * LOG2E)};
 #pragma unroll
-  for (int i = token; i < token + tokens; i++) {
-    int at = tokens_at(i, col);
-    float2 w = load_pair(inputs[log_w_] + at), r = load_pair(inputs[r_] + at);
-    float2 k = load_pair(inputs[k_] + at), v = load_pair(inputs[v_] + at);
-    float2 kappa = load_pair(inputs[kappa_] + at), a = load_pair(inputs[a_] + at);
-    g.x += w.x, g.y += w.y;
-    if (running) store_pair(running + (i + 1) * RUNNING + col, g.x, g.y);
-    store_pair(chunk.A + at, kappa.x * grown.x, kappa.y * grown.y);
-    grown = {exp2_fast(g.x * LOG2E), exp2_fast(g.y * LOG2E)};
-    float2 shrunk = {exp2_fast(-g.x * LOG2E), exp2_fast(-g.y * LOG2E)};
-    store_pair(chunk.R + at, r.x * grown.x, r.y * grown.y);
-    store_pair(chunk.V + at, v.x, v.y);
-    float2 K = {k.x * shrunk.x, k.y * shrunk.y}, E = {kappa.x * a.x * shrunk.x, kappa.y * a.y * shrunk.y};
-    float2 K_rest = store_rounded(chunk.K + at, K), E_rest = store_rounded(chunk.E + at, E);
-    if (!rest) continue;
-    store_pair(rest[0] + at, K_rest.x, K_rest.y);
-    store_pair(rest[1] + at, E_rest.x, E_rest.y);
+  for (int i = 0; i < some; i++) {
+    int t = token + 2 * i;
+    float4 shrunk = each(g[i] * -1, exp2_fast), K = k[i] * shrunk, E = kappa[i] * a[i] * shrunk;
+    store_split<tokens_at>(chunk.R, t, col, r[i] * each(g[i], exp2_fast));
+    store_split<tokens_at>(chunk.A, t, col, kappa[i] * each(before[i], exp2_fast));
+    float4 K_held = store_split<tokens_at>(chunk.K, t, col, K), E_held = store_split<tokens_at>(chunk.E, t, col, E);
+    store_split<tokens_at>(chunk.V, t, col, v[i]);
+    if (!K_rest) continue;
+    store_split<tokens_at>(K_rest, t, col, K - K_held);
+    store_split<E_rest_at>(E_rest, t, col, E - E_held);
   }
 }
 
@@ -237,36 +271,37 @@ DEVICE void relate(const Chunk& chunk, Squares& squares, float* ae, const Lane& 
   }
 }
 
-// A state [N values, N keys] in registers: a warp holds 16 values from l.value on, S[j] the keys
-// l.key + 8 j to l.key + 8 j + 7.
-template <int J, class F> DEVICE void each_pair(float (&S)[J][4], const Lane& l, F f) {
-  int value = l.value + l.group, key = l.key + l.pair;
+// A state [N values, N keys] in registers: a warp holds 16 values from l.value on, S[j] and S[j + 1] 16 keys from
+// l.key + 8 j on.
+template <int J, class F> DEVICE void each_four(float (&S)[J][4], const Lane& l, F f) {
 #pragma unroll
-  for (int j = 0; j < J; j++) {
-    f(value, key + 8 * j, S[j][0], S[j][1]);
-    f(value + 8, key + 8 * j, S[j][2], S[j][3]);
-  }
+  for (int j = 0; j < J; j += 2)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float4 x = {S[j][2 * half], S[j][2 * half + 1], S[j + 1][2 * half], S[j + 1][2 * half + 1]};
+      f(l.row + 2 * half, l.key + 8 * j + l.four, x);
+      S[j][2 * half] = x.x, S[j][2 * half + 1] = x.y, S[j + 1][2 * half] = x.z, S[j + 1][2 * half + 1] = x.w;
+    }
 }
 template <int J, class Type> DEVICE void load_state(float (&S)[J][4], const Type* from, const Lane& l) {
-  each_pair(S, l, [&](int value, int key, float& x, float& y) {
-    float2 given = load_pair(from + value * N + key);
-    x = given.x, y = given.y;
+  each_four(S, l, [&](int value, int key, float4& x) {
+    const Type* four = from + value * N + key;
+    if (sizeof(Type) == 2) {
+      x = load_four(four);
+    } else {  // in pairs, as products hold them: four would settle in registers side by side, to be moved for each product
+      float2 low = load_pair(four), high = load_pair(four + 2);
+      x = {low.x, low.y, high.x, high.y};
+    }
   });
 }
 
 // S times a factor for each key.
 template <int J> DEVICE void scale(float (&S)[J][4], const float* factor, float all, const Lane& l) {
-  each_pair(S, l, [&](int, int key, float& x, float& y) {
-    float2 by = load_pair(factor + key);
-    x *= by.x * all, y *= by.y * all;
-  });
+  each_four(S, l, [&](int, int key, float4& x) { x = x * (load_four(factor + key) * all); });
 }
 // The same with two factors for each key.
 template <int J> DEVICE void scale(float (&S)[J][4], const float* factor, const float* other, const Lane& l) {
-  each_pair(S, l, [&](int, int key, float& x, float& y) {
-    float2 a = load_pair(factor + key), b = load_pair(other + key);
-    x *= a.x * b.x, y *= a.y * b.y;
-  });
+  each_four(S, l, [&](int, int key, float4& x) { x = x * (load_four(factor + key) * load_four(other + key)); });
 }
 
 // S as an operand of products: on the left [16 values, keys], on the right transposed
@@ -315,14 +350,17 @@ DEVICE void solve(float (&f)[2][4], const float (&z)[2][4], const Squares& squar
   multiply_add(f, left, b);
 }
 
-// Store a result [16 tokens, 8 J channels from `col`] of chunk `at`, those tokens that exist.
-template <class Type, int J> DEVICE void store_tokens(Type* to, const float (&x)[J][4], const Sequence& s, int at, int col, const Lane& l) {
+// Of a result [16, 16] the four neighbours in a lane's first or second row.
+DEVICE float4 four_of(const float (&x)[2][4], int second) {
+  return {x[0][2 * second], x[0][2 * second + 1], x[1][2 * second], x[1][2 * second + 1]};
+}
+
+// Store a result [16 tokens, 16 channels from `col`] of chunk `at`, those tokens that exist.
+template <class Type> DEVICE void store_tokens(Type* to, const float (&x)[2][4], const Sequence& s, int at, int col, const Lane& l) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int token = at * Q + l.group + 8 * half;
-    if (token >= s.length) continue;
-    Type* row = to + s.token(token) + col + l.pair;
-#pragma unroll
-    for (int j = 0; j < J; j++) store_pair(row + 8 * j, x[j][2 * half], x[j][2 * half + 1]);
+    if (token < s.length)
+      store_four(to + s.token(token) + col + l.four, four_of(x, half));
   }
 }

@@ -5,6 +5,7 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef long long i64;
+typedef unsigned long long u64;
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
 
@@ -23,6 +24,12 @@ struct f16 { u16 bits; };
 #define AMPLE (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
 
 DEVICE int thread() { return threadIdx.x; }
+// The same, but what is computed from it is computed here: not before a loop, to lie in registers all through it.
+DEVICE int thread_anew() {
+  int x = threadIdx.x;
+  asm volatile("" : "+r"(x));
+  return x;
+}
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE int blocks_x() { return gridDim.x; }
@@ -40,6 +47,7 @@ template <int number, int threads> DEVICE void sync_some() {
 template <class T> DEVICE T shuffle(T x, int lane) { return __shfl_sync(~0u, x, lane); }
 template <class T> DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 template <class T> DEVICE T shuffle_down(T x, int by) { return __shfl_down_sync(~0u, x, by); }
+DEVICE u32 largest_of_warp(u32 x) { return __reduce_max_sync(~0u, x); }
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -52,6 +60,9 @@ DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int pending> DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+
+// 128 bytes of global memory, to where they are sooner at hand.
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Four 8 x 8 matrices of f16; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(u32 (&r)[4], const f16* p) {
@@ -106,20 +117,30 @@ DEVICE void require(bool condition, const char* what) {
 }
 #endif
 
-// Pairs of neighbours, from and to each type of input and output.
+// Two or four neighbours, from and to each type of input and output.
 DEVICE float2 load_pair(const float* p) { return *(const float2*)p; }
 DEVICE float2 load_pair(const f16* p) { return unpack_f16(*(const u32*)p); }
-DEVICE float2 load_pair(const bf16* p) {
-  u32 x = *(const u32*)p;
-  return {bits_float(x << 16), bits_float(x & 0xffff0000u)};
+DEVICE float2 unpack_bf16(u32 x) { return {bits_float(x << 16), bits_float(x & 0xffff0000u)}; }
+DEVICE float2 load_pair(const bf16* p) { return unpack_bf16(*(const u32*)p); }
+DEVICE float4 load_four(const float* p) { return *(const float4*)p; }
+DEVICE float4 load_four(const f16* p) {
+  uint2 x = *(const uint2*)p;
+  float2 low = unpack_f16(x.x), high = unpack_f16(x.y);
+  return {low.x, low.y, high.x, high.y};
+}
+DEVICE float4 load_four(const bf16* p) {
+  uint2 x = *(const uint2*)p;
+  float2 low = unpack_bf16(x.x), high = unpack_bf16(x.y);
+  return {low.x, low.y, high.x, high.y};
 }
 DEVICE void store_pair(float* p, float x, float y) { *(float2*)p = {x, y}; }
 DEVICE void store_pair(f16* p, float x, float y) { *(u32*)p = pack_f16(x, y); }
-DEVICE void store_pair(bf16* p, float x, float y) { *(u32*)p = pack_bf16(x, y); }
-// Store as f16; what that cannot hold.
-DEVICE float2 store_rounded(f16* p, float2 x) {
-  u32 two = pack_f16(x.x, x.y);
-  float2 held = unpack_f16(two);
-  *(u32*)p = two;
-  return {x.x - held.x, x.y - held.y};
-}
+DEVICE void store_four(float* p, float4 x) { *(float4*)p = x; }
+DEVICE void store_four(f16* p, float4 x) { *(u64*)p = pack_f16(x.x, x.y) | (u64)pack_f16(x.z, x.w) << 32; }
+DEVICE void store_four(bf16* p, float4 x) { *(u64*)p = pack_bf16(x.x, x.y) | (u64)pack_bf16(x.z, x.w) << 32; }
+
+DEVICE float4 operator*(float4 x, float4 y) { return {x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w}; }
+DEVICE float4 operator*(float4 x, float y) { return {x.x * y, x.y * y, x.z * y, x.w * y}; }
+DEVICE float4 operator+(float4 x, float4 y) { return {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}; }
+DEVICE float4 operator-(float4 x, float4 y) { return {x.x - y.x, x.y - y.y, x.z - y.z, x.w - y.w}; }
+template <class F> DEVICE float4 each(float4 x, F f) { return {f(x.x), f(x.y), f(x.z), f(x.w)}; }

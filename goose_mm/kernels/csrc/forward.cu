@@ -9,10 +9,10 @@ constexpr int STAGES = sizeof(IO) == 2 ? 3 : 2;
 struct Shared {
   IO inputs[STAGES][INPUTS][Q * N];
   Chunk chunk[2];
-  f16 rest[2][2][Q * N];  // of K and E
+  f16 rest[2][2][Q * ROW];  // of K and E
   Squares squares[2];
   float decay[4][N];  // exp(c) of the chunk that is made, of the two before it, and 1 before the first
-  float scratch[4 * N];
+  float running[(Q + 1) * RUNNING], scratch[Q * Q];
 };
 
 KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
@@ -36,18 +36,24 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
       if (chunk < chunks) fetch<MAKERS>(shared.inputs[chunk % STAGES], inputs, sequence, chunk, l);
       else copy_commit();
     };
+    auto sum = [&](int chunk) {
+      sum_decay<true>(shared.running, shared.decay[chunk & 3], shared.inputs[chunk % STAGES][log_w_], l);
+    };
     for (int i = 0; i < STAGES - 1; i++) request(i);
+    copy_wait<STAGES - 2>();
+    sync_some<1, 32 * MAKERS>();
+    if (chunks > 0) sum(0);
+    sync_some<1, 32 * MAKERS>();
     for (int c = 0; c < chunks; c++) {
-      const auto& raw = shared.inputs[c % STAGES];
-      copy_wait<STAGES - 2>();
-      sync_some<1, 32 * MAKERS>();  // the inputs are here
+      Chunk& chunk = shared.chunk[c & 1];
+      auto& rest = shared.rest[c & 1];
       request(c + STAGES - 1);
-      for (int col = 0; col < N; col += 64) sum_decay<true>(shared.scratch, raw[log_w_], col, l);
-      sync_some<1, 32 * MAKERS>();
       for (int col = 0; col < N; col += 64)
-        prepare<4>(shared.chunk[c & 1], raw, shared.scratch, shared.decay[c & 3], nullptr, shared.rest[c & 1], 4 * l.warp, col, l);
-      sync_some<1, 32 * MAKERS>();
-      relate(shared.chunk[c & 1], shared.squares[c & 1], shared.scratch, l);
+        prepare<4, tokens_at>(chunk, shared.inputs[c % STAGES], shared.running, rest[0], rest[1], 4 * l.warp, col, l);
+      copy_wait<STAGES - 2>();
+      sync_some<1, 32 * MAKERS>();  // the chunk is here, and the inputs of the next
+      if (c + 1 < chunks) sum(c + 1);
+      relate(chunk, shared.squares[c & 1], shared.scratch, l);
       sync_threads();  // this chunk is made, and the one before it is read
     }
     copy_wait<0>();
@@ -69,10 +75,7 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
     if (saved && c > 0 && c % SEGMENT == 0) {
       i64 slot = (sequence.first + c * Q) / (SEGMENT * Q) - 1;
       f16* to = saved + (((d * slots + slot) * rows + row) * heads + head) * N * N;
-      each_pair(S, l, [&](int value, int key, float& x, float& y) {
-        float2 by = load_pair(old + key);
-        store_pair(to + value * N + key, x * by.x, y * by.y);
-      });
+      each_four(S, l, [&](int value, int key, float4& x) { store_four(to + value * N + key, x * load_four(old + key)); });
     }
     // S is kept from just before the decay that ends a chunk: then it is scaled once a chunk.
     scale(S, old, now, l);
@@ -99,10 +102,8 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
     add_product(S, minus_f, chunk.E, l);
     add_product(S, minus_f, shared.rest[c & 1][1], l);
   }
-  each_pair(S, l, [&](int value, int key, float& x, float& y) {
-    float2 by = load_pair(shared.decay[chunks - 1 & 3] + key);
-    store_pair(last + here + value * N + key, x * by.x, y * by.y);
-  });
+  const float* old = shared.decay[chunks - 1 & 3];
+  each_four(S, l, [&](int value, int key, float4& x) { store_four(last + here + value * N + key, x * load_four(old + key)); });
 }
 
 SIZES(THREADS, sizeof(Shared));
