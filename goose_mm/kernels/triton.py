@@ -29,12 +29,20 @@ WORK = {
     torch.bfloat16: (torch.float16, -0.7),
     torch.float16: (torch.float16, -0.7),
 }
-# Chosen on an H100. A scan is shared by programs with some values (rows of the state) each; STAGES
-# chunks are on their way at once.
-PREPARE = {"num_warps": 1}
-SCAN = {"M": 32, "STAGES": 3, "num_warps": 2}
-SCAN_BACK = {"M": 32, "STAGES": 3, "num_warps": 2}
-GRADIENTS = {"num_warps": 4}
+# How each program is launched, by the type of operands. A scan's grid divides the values (rows of
+# the state) into blocks of M; the next STAGES - 1 chunks are on their way while one is worked on.
+# M is 64 or there is one warp: then results of products stay in registers as the next operands.
+HALF, SINGLE = torch.float16, torch.float32
+PREPARE = {HALF: {"num_warps": 1}, SINGLE: {"num_warps": 1}}
+SCAN = {
+    HALF: {"M": 64, "STAGES": 3, "num_warps": 2},
+    SINGLE: {"M": 16, "STAGES": 2, "num_warps": 2},
+}
+SCAN_BACK = {
+    HALF: {"M": 64, "STAGES": 3, "num_warps": 2},
+    SINGLE: {"M": 16, "STAGES": 2, "num_warps": 2},
+}
+GRADIENTS = {HALF: {"num_warps": 4}, SINGLE: {"num_warps": 8}}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
@@ -92,13 +100,14 @@ def forward(
     y = r.new_empty(D, B, T, H, N)
     last = start(state, (D, S, H, N, N), r)
     saved = empty_saved(r, D, save)
+    options = SCAN[saved.dtype]
     with torch.cuda.device_of(r):
         made = prepared(inputs, cu_seqlens, reverse, back=False)
         check_decay(made.fits, r.dtype)
         launch(
-            triton_scan.scan, (S * H * (N // SCAN["M"]), D),
+            triton_scan.scan, (S * H * (N // options["M"]), D),
             v, made.chunks, made.decays, cu_seqlens, y, last, saved,
-            T, H, B, made.slots, SAVE=save, **SCAN, **constants(reverse),
+            T, H, B, made.slots, SAVE=save, **options, **constants(reverse),
         )  # fmt: skip
     return y, last, saved
 
@@ -123,20 +132,21 @@ def backward(
     first = start(dlast, (D, S, H, N, N), r)
     state = None if state is None else state.float().contiguous()
     grads = [r.new_empty(D, *x.shape, dtype=torch.float32 if D > 1 else x.dtype) for x in inputs]
+    options = SCAN_BACK[saved.dtype]
     with torch.cuda.device_of(r):
         made = prepared(inputs, cu_seqlens, reverse, back=True)
         dsaved = saved.new_empty(D, made.slots, B, H, N, N)
         scales = made.decays.new_empty(D, made.slots, B, H, N)
         launch(
-            triton_scan.scan_back, (S * H * (N // SCAN_BACK["M"]), D),
+            triton_scan.scan_back, (S * H * (N // options["M"]), D),
             dy, made.chunks, made.decays, cu_seqlens, first, dsaved, scales,
-            T, H, B, made.slots, **SCAN_BACK, **constants(reverse),
+            T, H, B, made.slots, **options, **constants(reverse),
         )  # fmt: skip
         launch(
-            triton_gradients.gradients, (made.slots * B * H, D),
+            triton_gradients.gradients, (made.slots * H, B, D),
             *inputs, made.chunks, made.decays, cu_seqlens, made.owner,
             state, saved, dsaved, scales, dy, *grads,
-            T, H, B, made.slots, S, **GRADIENTS, **constants(reverse),
+            T, H, B, made.slots, S, **GRADIENTS[saved.dtype], **constants(reverse),
         )  # fmt: skip
     if D > 1:
         return [(g[0] + g[1]).to(x.dtype) for g, x in zip(grads, inputs, strict=True)], first
@@ -200,9 +210,9 @@ def prepared(
     decays = r.new_empty(len(reverse), slots, B, H, N, dtype=torch.float32)
     fits = torch.ones((), dtype=torch.int32, device=r.device)
     launch(
-        triton_scan.prepare, (slots * B * H, len(reverse)),
+        triton_scan.prepare, (slots * H, B, len(reverse)),
         r, log_w, k, kappa, a, cu_seqlens, owner, chunks, decays, fits,
-        T, H, B, slots, LOWEST=lowest, BACK=back, **PREPARE, **constants(reverse),
+        T, H, B, slots, LOWEST=lowest, BACK=back, **PREPARE[work], **constants(reverse),
     )  # fmt: skip
     return Prepared(chunks, decays, owner, fits)
 

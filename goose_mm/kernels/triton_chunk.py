@@ -64,10 +64,10 @@ def sequence(s, cu_seqlens, T):
 
 @triton.jit
 @no_type_check
-def owned(cu_seqlens, owner, T, H, rows, Q: tl.constexpr):
-    """The chunk of a program in a grid of slots * rows * H: its sequence, number and slot."""
-    slot = (tl.program_id(0) // (rows * H)).to(tl.int64)
-    s = ((tl.program_id(0) // H) % rows).to(tl.int64)
+def owned(cu_seqlens, owner, T, H, Q: tl.constexpr):
+    """The chunk of a program in a grid of slots * H, rows: its sequence, number and slot."""
+    slot = (tl.program_id(0) // H).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64)
     if cu_seqlens is not None:
         s = tl.load(owner + slot).to(tl.int64)
     row, first, length = sequence(s, cu_seqlens, T)
@@ -107,6 +107,13 @@ def running(log_w, Q: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def exp(x):
+    """As the hardware has it."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+@no_type_check
 def row_of(x, i, Q: tl.constexpr):
     """Row `i` of a tile, [N]."""
     return tl.sum(tl.where(tl.arange(0, Q)[:, None] == i, x, 0.0), 0)
@@ -114,20 +121,29 @@ def row_of(x, i, Q: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def inverse(ae, Q: tl.constexpr, PRECISION: tl.constexpr):
-    """(I - ae)^-1 for ae below the diagonal, by substitution in blocks of 1, 2, 4 ... rows.
+def inverse(ae_t, Q: tl.constexpr, TYPE: tl.constexpr):
+    """X = (I - ae)^-1 and X^T, for ae below the diagonal, by substitution in blocks of rows.
 
     No powers of `ae` are formed, as a Neumann series would: with nearly parallel keys those grow
-    beyond any precision before they cancel.
+    beyond any precision before they cancel. Substitution in float16 is followed by a Newton step.
+    Every right operand is a result, transposed: that is how the registers of a warp have it.
     """
     i = tl.arange(0, Q)[:, None]
     j = tl.arange(0, Q)[None, :]
-    X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, ae, 0.0))
+    one = tl.where(i == j, 1.0, 0.0)
+    X_t = one + tl.where((i ^ j) == 1, ae_t, 0.0)
+    X = tl.trans(X_t)
     for block in tl.static_range(1, 4):
-        joins = tl.where(((i ^ j) >> block) == 1, ae, 0.0)  # two blocks of 2^block rows
-        half = tl.dot(X, joins, input_precision=PRECISION)
-        X += tl.dot(half, X, input_precision=PRECISION)
-    return X
+        joins = tl.where(((i ^ j) >> block) == 1, ae_t, 0.0)  # two blocks of 2^block rows
+        half = dot(X, tl.trans(joins), TYPE)
+        X, X_t = X + dot(half, tl.trans(X_t), TYPE), X_t + dot(X_t, tl.trans(half), TYPE)
+    if TYPE.primitive_bitwidth == 16:
+        X = X.to(TYPE).to(tl.float32)
+        coarse = ae_t.to(TYPE)
+        fine = ae_t - coarse.to(tl.float32)
+        left = one - X + dot(X, tl.trans(coarse), TYPE) + dot(X, tl.trans(fine), TYPE)
+        X, X_t = X + dot(left, tl.trans(X_t), TYPE), X_t + dot(X_t, tl.trans(left), TYPE)
+    return X, X_t
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import triton.language as tl
 from goose_mm.kernels.triton_chunk import (
     SIZES,
     dot,
+    exp,
     matrix,
     owned,
     places,
@@ -65,14 +66,14 @@ def gradients(
     Q: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Gradients in one chunk. Grid: slots * rows * H, directions.
+    """Gradients in one chunk. Grid: slots * H, rows, directions.
 
     dY and P, and what is made of them, are divided by a power of two until they are stored.
     """
     TYPE: tl.constexpr = chunks.dtype.element_ty
     head = tl.program_id(0) % H
-    d = tl.program_id(1).to(tl.int64)
-    s, row, first, length, chunk, slot = owned(cu_seqlens, owner, T, H, rows, Q)
+    d = tl.program_id(2).to(tl.int64)
+    s, row, first, length, chunk, slot = owned(cu_seqlens, owner, T, H, Q)
     if chunk * Q < length:
         at, inside = places(row, first, length, chunk, head, d + REVERSE == 1, T, H, N, Q)
         at += tl.arange(0, N)[None, :]
@@ -83,28 +84,26 @@ def gradients(
         keys = tl.arange(0, N)
 
         S0 = tl.load(saved + (before * H + head) * N * N + matrix(N, N), mask=chunk > 0, other=0.0)
-        if state is not None:
-            if chunk == 0:
-                start = tl.load(state + ((d * sequences + s) * H + head) * N * N + matrix(N, N))
-                S0 = (start * tl.load(decays + slot * N + keys)[None, :]).to(TYPE)
+        if state is not None and chunk == 0:
+            start = tl.load(state + ((d * sequences + s) * H + head) * N * N + matrix(N, N))
+            S0 = (start * tl.load(decays + slot * N + keys)[None, :]).to(TYPE)
         scale = tl.load(scales + slot * N + keys)
         up, down = powers(tl.max(scale))
         P = tl.load(dsaved + slot * N * N + matrix(N, N)) * (scale * down).to(TYPE)[:, None]
+        carry = tl.sum(S0.to(tl.float32) * P.to(tl.float32), 0)  # of the decay, by the state's end
         V = read(v, at, inside).to(TYPE)
         dY = (read(dy, of, inside) * down).to(TYPE)
         decay = read(log_w, at, inside)
         g = running(decay, Q, tl.float32 if log_w.dtype.element_ty == tl.float32 else tl.float16)
-        grow = tl.exp(g)
-        shrink = tl.exp(-g)
-        removal = tl.exp(g - decay)
-        receive = read(r, at, inside)
-        key = read(k, at, inside)
+        grow = exp(g)
+        shrink = exp(-g)
+        removal = exp(g - decay)
         found = read(kappa, at, inside)
         rate = read(a, at, inside)
-        R = (receive * grow).to(TYPE)
+        R = (read(r, at, inside) * grow).to(TYPE)
         A = (-found * removal).to(TYPE)
-        K = (key * shrink).to(TYPE)
-        E = (found * rate * shrink).to(TYPE)
+        K = (read(k, at, inside) * shrink).to(TYPE)
+        E = (found * shrink * rate).to(TYPE)
         W = tl.load(tile(made, 0, N, Q))
         XU = tl.load(square(made, 0, N, Q))
         XY = tl.load(square(made, 1, N, Q))
@@ -125,22 +124,19 @@ def gradients(
         dak = tl.where(i > j, dot(dZ, tl.trans(V), TYPE), 0.0).to(TYPE)
         dK = dot(V, P, TYPE)
         dE = dot(U, P, TYPE)
-        carry = tl.sum(S0.to(tl.float32) * P.to(tl.float32), 0)
-        carry += tl.sum((key * dK + found * rate * dE) * shrink, 0)
+        kept = K * dK + E * dE
         dK += dot(tl.trans(drk), R, TYPE) + dot(tl.trans(dak), A, TYPE)
         dE += dot(tl.trans(dre), R, TYPE) + dot(tl.trans(dae), A, TYPE)
         dR = dot(dY, S0, TYPE) + dot(dre, E, TYPE) + dot(drk, K, TYPE)
         dA = dot(dZ, S0, TYPE) + dot(dae, E, TYPE) + dot(dak, K, TYPE)
 
-        dR *= grow * up
-        dK *= shrink * up
-        dE *= shrink * up  # of kappa * a
-        dA *= -removal * up  # of kappa
-        own = receive * dR - key * dK - found * rate * dE
-        both = own + found * dA
-        dg = tl.sum(both, 0)[None, :] - tl.cumsum(both, 0) + own + (carry * up)[None, :]
-        tl.store(dlog_w + of, dg, mask=inside)
-        tl.store(dr + of, dR, mask=inside)
-        tl.store(dk + of, dK, mask=inside)
-        tl.store(dkappa + of, rate * dE + dA, mask=inside)
+        own = R * dR - K * dK - E * dE
+        both = own + A * dA
+        carry += tl.sum(both + kept, 0)
+        dg = own - tl.cumsum(both, 0) + carry[None, :]
+        tl.store(dlog_w + of, dg * up, mask=inside)
+        tl.store(dr + of, dR * grow * up, mask=inside)
+        tl.store(dk + of, dK * shrink * up, mask=inside)
+        dE *= shrink * up
+        tl.store(dkappa + of, rate * dE - dA * removal * up, mask=inside)
         tl.store(da + of, found * dE, mask=inside)

@@ -14,6 +14,7 @@ import triton.language as tl
 from goose_mm.kernels.triton_chunk import (
     SIZES,
     dot,
+    exp,
     inverse,
     matrix,
     owned,
@@ -54,13 +55,13 @@ def prepare(
 ):
     """One chunk as the scans want it, and exp(h); 0 in `fits` if a decay is below LOWEST.
 
-    Grid: slots * rows * H, directions. `triton.prepared` says which chunk lies in which slot, and
+    Grid: slots * H, rows, directions. `triton.prepared` says which chunk lies in which slot, and
     `owner` the sequence of a slot.
     """
     TYPE: tl.constexpr = chunks.dtype.element_ty
     head = tl.program_id(0) % H
-    d = tl.program_id(1).to(tl.int64)
-    _, row, first, length, chunk, slot = owned(cu_seqlens, owner, T, H, rows, Q)
+    d = tl.program_id(2).to(tl.int64)
+    _, row, first, length, chunk, slot = owned(cu_seqlens, owner, T, H, Q)
     if chunk * Q < length:
         at, inside = places(row, first, length, chunk, head, d + REVERSE == 1, T, H, N, Q)
         at += tl.arange(0, N)[None, :]
@@ -68,30 +69,30 @@ def prepare(
         if tl.min(decay) < LOWEST:
             tl.store(fits, 0)
         g = running(decay, Q, tl.float32 if log_w.dtype.element_ty == tl.float32 else tl.float16)
-        grow = tl.exp(g)
-        shrink = tl.exp(-g)
+        grow = exp(g)
+        shrink = exp(-g)
         found = read(kappa, at, inside)
         R = (read(r, at, inside) * grow).to(TYPE)
-        A = (-found * tl.exp(g - decay)).to(TYPE)
+        A = (-found * exp(g - decay)).to(TYPE)
         K = (read(k, at, inside) * shrink).to(TYPE)
-        E = (found * read(a, at, inside) * shrink).to(TYPE)
+        E = (found * shrink * read(a, at, inside)).to(TYPE)
 
         i = tl.arange(0, Q)[:, None]
         j = tl.arange(0, Q)[None, :]
-        ae = tl.where(i > j, dot(A, tl.trans(E), TYPE), 0.0)
-        ak = tl.where(i > j, dot(A, tl.trans(K), TYPE), 0.0)
+        ae_t = tl.where(i < j, dot(E, tl.trans(A), TYPE), 0.0)
+        ak_t = tl.where(i < j, dot(K, tl.trans(A), TYPE), 0.0)
         re = tl.where(i >= j, dot(R, tl.trans(E), TYPE), 0.0)
         rk = tl.where(i >= j, dot(R, tl.trans(K), TYPE), 0.0)
-        X = inverse(ae, Q, "tf32x3")
-        reX = dot(re, X, TYPE)
+        X, X_t = inverse(ae_t, Q, TYPE)
+        reX = dot(re, tl.trans(X_t), TYPE)
 
         slot = ((d * slots + slot) * rows + row) * H + head
         to = chunks + slot * size_of_chunk(N, Q)
         tl.store(tile(to, 0, N, Q), dot(X, A, TYPE).to(TYPE))
         tl.store(tile(to, 1, N, Q), (R + dot(reX, A, TYPE)).to(TYPE))
         tl.store(tile(to, 2, N, Q), E)
-        tl.store(square(to, 0, N, Q), dot(X, ak, TYPE).to(TYPE))
-        tl.store(square(to, 1, N, Q), (rk + dot(reX, ak, TYPE)).to(TYPE))
+        tl.store(square(to, 0, N, Q), dot(X, tl.trans(ak_t), TYPE).to(TYPE))
+        tl.store(square(to, 1, N, Q), (rk + dot(reX, tl.trans(ak_t), TYPE)).to(TYPE))
         if BACK:
             tl.store(square(to, 2, N, Q), X.to(TYPE))
             tl.store(square(to, 3, N, Q), reX.to(TYPE))
@@ -143,26 +144,25 @@ def scan(
         at, inside = places(row, first, length, chunk, head, d + REVERSE == 1, T, H, N, Q)
         slot = ((d * slots + first // Q + chunk + s - row) * rows + row) * H + head
         of = chunks + slot * size_of_chunk(N, Q)
-        W = tl.load(tile(of, 0, N, Q))
-        F = tl.load(tile(of, 1, N, Q))
-        E = tl.load(tile(of, 2, N, Q))
-        K = tl.load(tile(of, 3, N, Q))
-        XU = tl.load(square(of, 0, N, Q))
-        XY = tl.load(square(of, 1, N, Q))
         decay = tl.load(decays + slot * N + keys)
-        V = tl.trans(tl.load(v + at + values, mask=inside, other=0.0))
-
         S *= (ended * decay)[None, :]
+        ended = decay
         S0 = S.to(TYPE)
         if SAVE:
             before = (d * ((T - 1) // Q) + (first + chunk * Q) // Q - 1) * rows + row
             tl.store(saved + (before * H + head) * N * N + part, S0, mask=chunk > 0)
-        U = dot(S0, tl.trans(W), TYPE) + dot(V, tl.trans(XU), TYPE)
+        V = tl.trans(tl.load(v + at + values, mask=inside, other=0.0))
+        F = tl.load(tile(of, 1, N, Q))
+        XY = tl.load(square(of, 1, N, Q))
         Y = dot(S0, tl.trans(F), TYPE) + dot(V, tl.trans(XY), TYPE)
-        S += dot(V, K, TYPE)
-        S += dot(U, E, TYPE)
-        ended = decay
         tl.store(y + at + values, tl.trans(Y), mask=inside)
+        W = tl.load(tile(of, 0, N, Q))
+        XU = tl.load(square(of, 0, N, Q))
+        U = dot(S0, tl.trans(W), TYPE) + dot(V, tl.trans(XU), TYPE)
+        K = tl.load(tile(of, 3, N, Q))
+        S += dot(V, K, TYPE)
+        E = tl.load(tile(of, 2, N, Q))
+        S += dot(U, E, TYPE)
     tl.store(here, S * ended[None, :])
 
 
@@ -213,13 +213,10 @@ def scan_back(
         at, inside = places(row, first, length, chunk, head, d + REVERSE == 1, T, H, N, Q)
         slot = ((d * slots + first // Q + chunk + s - row) * rows + row) * H + head
         of = chunks + slot * size_of_chunk(N, Q)
-        W = tl.load(tile(of, 0, N, Q))
-        F = tl.load(tile(of, 1, N, Q))
-        E = tl.load(tile(of, 2, N, Q))
-        decay = tl.load(decays + slot * N + keys)
         dY = tl.trans(tl.load(dy + at + values[None, :], mask=inside, other=0.0)).to(tl.float32)
-
+        decay = tl.load(decays + slot * N + keys)
         G *= (ended * decay)[None, :]
+        ended = decay
         largest = tl.maximum(tl.max(tl.abs(G), 1) * scale, tl.max(tl.abs(dY), 1))
         old = scale
         scale, down = powers(largest)
@@ -227,7 +224,9 @@ def scan_back(
         P = G.to(TYPE)
         tl.store(dsaved + slot * N * N + part, P)
         tl.store(scales + slot * N + values, scale)
+        F = tl.load(tile(of, 1, N, Q))
         G += dot(dY * down[:, None], F, TYPE)
+        E = tl.load(tile(of, 2, N, Q))
+        W = tl.load(tile(of, 0, N, Q))
         G += dot(dot(P, tl.trans(E), TYPE), W, TYPE)
-        ended = decay
     tl.store(here, G * scale[:, None] * ended[None, :])
