@@ -149,8 +149,11 @@ def inverse(ae_t, Q: tl.constexpr, TYPE: tl.constexpr):
 @triton.jit
 @no_type_check
 def powers(x):
-    """The power of two below each x >= 0, as far as it has an inverse, and that inverse."""
-    exponent = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) >> 23, 1), 253)
+    """The power of two below each x >= 0, and its inverse.
+
+    From 2^-63 to 2^63, so that one of them times the inverse of another is finite.
+    """
+    exponent = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) >> 23, 64), 190)
     inverse = (254 - exponent) << 23
     return (exponent << 23).to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
 

@@ -1,8 +1,7 @@
 """Gradients of the inputs of WKV-7, all chunks at once, as a Triton program.
 
 Each line is the transpose of one in `triton_chunk.py`, given S0 before a chunk and P after it. With
-`dZ` the gradient of the right-hand side of the system that X solves, and a tail of the decay for
-what each key of the state holds at the end,
+`dZ` the gradient of the right-hand side of the system that X solves,
 
     dZ = X^T E P^T + (re X)^T dY         dV = K P^T + XU^T E P^T + XY^T dY
     dre, drk, dae, dak = dY U^T, dY V^T, dZ U^T, dZ V^T                     below the diagonal
