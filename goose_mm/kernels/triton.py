@@ -1,8 +1,9 @@
 """WKV-7 in Triton, for CUDA devices: buffers, grids, launches.
 
-The programs are in `triton_scan.py`, which is imported on first use. Besides inputs, outputs and
-gradients, a training step holds a state per chunk in float32, and twice that during the backward
-pass: N * N / CHUNK numbers per token and head each time.
+The programs are in `triton_scan.py` and `triton_gradients.py`, imported on first use. Besides
+inputs, outputs and gradients, a training step holds a state per chunk of 16 tokens: as much as 4
+tensors of the inputs' size. While a forward pass runs it takes room for 5 such tensors more, a
+backward pass for 9.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,11 +21,28 @@ from torch import Tensor
 # K saved states, between chunks of CHUNK tokens
 
 CHUNK = 16
-VALUES = 32  # rows of the state in a program that walks over a sequence
-WARPS = 4  # of such a program
 HEAD_SIZE = 64
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOWEST_LOG_W = -5.0  # a product of two exp(40) still fits float32
+# The type of operands and saved states, and the lowest log_w for which they fit: exp(8 * 0.7), but
+# in float32 the product of two exp(8 * 5).
+WORK = {
+    torch.float32: (torch.float32, -5.0),
+    torch.bfloat16: (torch.float16, -0.7),
+    torch.float16: (torch.float16, -0.7),
+}
+# How each program is launched, by the type of operands. A scan's grid divides the values (rows of
+# the state) into blocks of M; the next STAGES - 1 chunks are on their way while one is worked on.
+# M is 64 or there is one warp: then results of products stay in registers as the next operands.
+HALF, SINGLE = torch.float16, torch.float32
+PREPARE = {HALF: {"num_warps": 1}, SINGLE: {"num_warps": 1}}
+SCAN = {
+    HALF: {"M": 64, "STAGES": 3, "num_warps": 2},
+    SINGLE: {"M": 16, "STAGES": 2, "num_warps": 2},
+}
+SCAN_BACK = {
+    HALF: {"M": 64, "STAGES": 3, "num_warps": 2},
+    SINGLE: {"M": 16, "STAGES": 2, "num_warps": 2},
+}
+GRADIENTS = {HALF: {"num_warps": 4}, SINGLE: {"num_warps": 8}}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
@@ -38,7 +56,7 @@ def lacking(device: torch.device, dtype: torch.dtype) -> str:
     """What the device or the installation lacks; empty if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton; it exists for Linux)"
-    if dtype not in DTYPES:
+    if dtype not in WORK:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return ""
@@ -55,10 +73,10 @@ vars(lacking)["_dynamo_marked_constant"] = True
 
 
 def empty_saved(r: Float[Tensor, "B T H N"], directions: int, save: bool) -> Tensor:
-    """Room for the states a backward pass needs: [D, K, B, H, N, N] in float32, K = 0 if none."""
+    """Room for the states a backward pass needs: [D, K, B, H, N, N], K = 0 if none."""
     B, T, H, N = r.shape
     slots = (T - 1) // CHUNK if save else 0
-    return r.new_empty(directions, slots, B, H, N, N, dtype=torch.float32)
+    return r.new_empty(directions, slots, B, H, N, N, dtype=WORK[r.dtype][0])
 
 
 def forward(
@@ -68,7 +86,7 @@ def forward(
     reverse: Sequence[bool],
     save: bool,
 ) -> tuple[Float[Tensor, "D B T H N"], Float[Tensor, "D S H N N"], Float[Tensor, "D K B H N N"]]:
-    """y, the last states, and the states between chunks (K = 0 unless `save`).
+    """y, the last states, and the states before each chunk but the first (K = 0 unless `save`).
 
     As `chunked.forward`, but `cu_seqlens` stays on the device: neither checked nor waited for.
     Raises ValueError for a decay this kernel cannot take (on CUDA, a device-side assertion).
@@ -76,20 +94,20 @@ def forward(
     from goose_mm.kernels import triton_scan
 
     inputs = [x.contiguous() for x in inputs]
-    r = inputs[0]
+    r, v = inputs[0], inputs[3]
     B, T, H, N = r.shape
     D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
     y = r.new_empty(D, B, T, H, N)
     last = start(state, (D, S, H, N, N), r)
     saved = empty_saved(r, D, save)
-    fixed = constants(r, reverse)
+    options = SCAN[saved.dtype]
     with torch.cuda.device_of(r):
-        inverse, _, fits = inverses(inputs, cu_seqlens, reverse)
-        check_decay(fits)
+        made = prepared(inputs, cu_seqlens, reverse, back=False)
+        check_decay(made.fits, r.dtype)
         launch(
-            triton_scan.scan, (S * H, D, N // VALUES),
-            *inputs, inverse, cu_seqlens, y, last, saved,
-            T, H, B, inverse.shape[1], M=VALUES, SAVE=save, num_warps=WARPS, **fixed,
+            triton_scan.scan, (S * H * (N // options["M"]), D),
+            v, made.chunks, made.decays, cu_seqlens, y, last, saved,
+            T, H, B, made.slots, SAVE=save, **options, **constants(reverse),
         )  # fmt: skip
     return y, last, saved
 
@@ -104,7 +122,7 @@ def backward(
     dlast: Float[Tensor, "D S H N N"] | None,
 ) -> tuple[list[Float[Tensor, "B T H N"]], Float[Tensor, "D S H N N"]]:
     """Gradients of the six inputs, each in its dtype, and of the initial states."""
-    from goose_mm.kernels import triton_scan
+    from goose_mm.kernels import triton_gradients, triton_scan
 
     inputs = [x.contiguous() for x in inputs]
     r = inputs[0]
@@ -114,21 +132,21 @@ def backward(
     first = start(dlast, (D, S, H, N, N), r)
     state = None if state is None else state.float().contiguous()
     grads = [r.new_empty(D, *x.shape, dtype=torch.float32 if D > 1 else x.dtype) for x in inputs]
-    reads = [r, inputs[1], *inputs[4:]]
-    fixed = constants(r, reverse)
+    options = SCAN_BACK[saved.dtype]
     with torch.cuda.device_of(r):
-        inverse, owner, _ = inverses(inputs, cu_seqlens, reverse)
-        slots = inverse.shape[1]
-        dsaved = r.new_empty(D, slots, B, H, N, N, dtype=torch.float32)
+        made = prepared(inputs, cu_seqlens, reverse, back=True)
+        dsaved = saved.new_empty(D, made.slots, B, H, N, N)
+        scales = made.decays.new_empty(D, made.slots, B, H, N)
         launch(
-            triton_scan.scan_back, (S * H, D, N // VALUES),
-            *reads, inverse, cu_seqlens, dy, first, dsaved,
-            T, H, B, slots, M=VALUES, num_warps=WARPS, **fixed,
+            triton_scan.scan_back, (S * H * (N // options["M"]), D),
+            dy, made.chunks, made.decays, cu_seqlens, first, dsaved, scales,
+            T, H, B, made.slots, **options, **constants(reverse),
         )  # fmt: skip
         launch(
-            triton_scan.gradients, (slots * B * H, D),
-            *inputs, inverse, cu_seqlens, owner, state, saved, dsaved, dy, *grads,
-            T, H, B, slots, S, num_warps=8, **fixed,
+            triton_gradients.gradients, (made.slots * H, B, D),
+            *inputs, made.chunks, made.decays, cu_seqlens, made.owner,
+            state, saved, dsaved, scales, dy, *grads,
+            T, H, B, made.slots, S, **GRADIENTS[saved.dtype], **constants(reverse),
         )  # fmt: skip
     if D > 1:
         return [(g[0] + g[1]).to(x.dtype) for g, x in zip(grads, inputs, strict=True)], first
@@ -140,10 +158,9 @@ def launch(program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any)
     program[grid](*arguments, **options)
 
 
-def constants(r: Float[Tensor, "B T H N"], reverse: Sequence[bool]) -> dict[str, int | bool]:
-    """What a program is compiled for."""
-    exact = r.dtype == torch.float32
-    return {"N": HEAD_SIZE, "Q": CHUNK, "REVERSE": int(reverse[0]), "EXACT": exact}
+def constants(reverse: Sequence[bool]) -> dict[str, int]:
+    """What every program is compiled for."""
+    return {"N": HEAD_SIZE, "Q": CHUNK, "REVERSE": int(reverse[0])}
 
 
 def start(given: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Float[Tensor, "D S H N N"]:
@@ -153,39 +170,57 @@ def start(given: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Float[T
     return given.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
-def inverses(
+class Prepared(NamedTuple):
+    """What is made of all chunks before any state is known."""
+
+    chunks: Float[Tensor, "D slots B H numbers"]  # operands of products: see triton_chunk.py
+    decays: Float[Tensor, "D slots B H N"]  # of the state over half of the chunk
+    owner: Int[Tensor, " slots"] | None  # the packed sequence that a slot belongs to
+    fits: Int[Tensor, ""]  # 0 if a decay is too low
+
+    @property
+    def slots(self) -> int:
+        return self.decays.shape[1]
+
+
+def prepared(
     inputs: Sequence[Float[Tensor, "B T H N"]],
     cu_seqlens: Int[Tensor, " n"] | None,
     reverse: Sequence[bool],
-) -> tuple[Float[Tensor, "D slots B H Q Q"], Int[Tensor, " slots"] | None, Int[Tensor, ""]]:
-    """The inverse matrix of each chunk; its sequence; 0 if a decay is below LOWEST_LOG_W.
+    back: bool,
+) -> Prepared:
+    """All chunks, for the way forward or `back`.
 
     Chunk c of a packed sequence s lies in slot `cu_seqlens[s] // CHUNK + c + s`, which no other
     chunk shares; some slots stay empty.
     """
-    from goose_mm.kernels import triton_scan
+    from goose_mm.kernels import triton_chunk, triton_scan
 
-    _, log_w, _, _, kappa, a = inputs
-    B, T, H, N = log_w.shape
+    r, log_w, k, _, kappa, a = inputs
+    B, T, H, N = r.shape
     slots, owner = -(-T // CHUNK), None
     if cu_seqlens is not None:
         sequences = len(cu_seqlens) - 1
         slots += sequences - 1
-        starts = cu_seqlens[:-1] // CHUNK + torch.arange(sequences, device=log_w.device)
-        owner = torch.searchsorted(starts, torch.arange(slots, device=log_w.device), right=True) - 1
-    inverse = log_w.new_empty(len(reverse), slots, B, H, CHUNK, CHUNK, dtype=torch.float32)
-    fits = torch.ones((), dtype=torch.int32, device=log_w.device)
+        starts = cu_seqlens[:-1] // CHUNK + torch.arange(sequences, device=r.device)
+        owner = torch.searchsorted(starts, torch.arange(slots, device=r.device), right=True) - 1
+    work, lowest = WORK[r.dtype]
+    numbers = triton_chunk.TILES.value * CHUNK * N + triton_chunk.SQUARES.value * CHUNK * CHUNK
+    chunks = r.new_empty(len(reverse), slots, B, H, numbers, dtype=work)
+    decays = r.new_empty(len(reverse), slots, B, H, N, dtype=torch.float32)
+    fits = torch.ones((), dtype=torch.int32, device=r.device)
     launch(
-        triton_scan.invert, (slots * B * H, len(reverse)),
-        log_w, kappa, a, cu_seqlens, owner, inverse, fits, T, H, B, slots,
-        LOWEST=LOWEST_LOG_W, N=N, Q=CHUNK, REVERSE=int(reverse[0]), num_warps=1,
+        triton_scan.prepare, (slots * H, B, len(reverse)),
+        r, log_w, k, kappa, a, cu_seqlens, owner, chunks, decays, fits,
+        T, H, B, slots, LOWEST=lowest, BACK=back, **PREPARE[work], **constants(reverse),
     )  # fmt: skip
-    return inverse, owner, fits
+    return Prepared(chunks, decays, owner, fits)
 
 
-def check_decay(fits: Int[Tensor, ""]) -> None:
+def check_decay(fits: Int[Tensor, ""], dtype: torch.dtype) -> None:
     """An error, where silence would mean NaN; on CUDA one that waits for nothing."""
-    message = f"wkv7: log_w below {LOWEST_LOG_W}, the lowest that kernel 'triton' takes"
+    lowest = WORK[dtype][1]
+    message = f"wkv7: log_w below {lowest}, the lowest that kernel 'triton' takes for {dtype}"
     if fits.is_cuda:
         torch._assert_async(fits, message)
     elif not fits:
