@@ -191,18 +191,21 @@ class Scan(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    def backward(ctx, dy: Tensor | None, dlast: Tensor | None):
+    def backward(ctx, *given):
+        dy, dlast = given
         return gradients(ctx, dy, dlast, lambda *x: run_backward(x[:6], *x[6:]))
 
 
-def gradients(ctx, dy: Tensor | None, dlast: Tensor | None, run: Callable[..., list[Tensor]]):
+def gradients(
+    ctx, dy: Tensor | None, dlast: Tensor | None, run: Callable[..., list[Tensor]]
+) -> tuple[Any, ...]:
     """For each argument of `wkv7_forward`."""
     *inputs, state, cu_seqlens, saved = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
         grads = backward_by_definition(inputs, state, cu_seqlens, ctx.direction, dy, dlast)
     else:
-        *grads, first = run(*inputs, state, cu_seqlens, saved, dy, dlast, ctx.direction, ctx.kernel)
-        grads.append(None if state is None else first.to(state.dtype))
+        *found, first = run(*inputs, state, cu_seqlens, saved, dy, dlast, ctx.direction, ctx.kernel)
+        grads = [*found, None if state is None else first.to(state.dtype)]
     return (*grads, None, None, None, None)
 
 

@@ -39,7 +39,8 @@ def wkv7(
     Args:
         r, k, v: receptance, key, value, `[B, T, H, N]`, T >= 1, any floating dtype.
         log_w: log of the decay, <= 0. RWKV-7 has `-exp(-0.5) * sigmoid(d)`, so above -0.6066; the
-            kernel "cuda" takes -0.7 or more, "chunked" -2.75, "triton" -5: all fail loudly below.
+            kernel "cuda" takes -0.7 or more, "triton" too for 16-bit tensors and -5 for float32,
+            "chunked" -2.75: all fail loudly below.
         kappa: removal key of unit norm. a: in-context learning rate in [0, 1], or up to 2.
         state: the state to start from, `[S, H, N, N]` with S = B; None means zeros. Never modified.
         cu_seqlens: offsets `[S + 1]` (int32 or int64, first 0, last T) of S sequences packed
