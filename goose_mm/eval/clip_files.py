@@ -25,6 +25,7 @@ SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 NAMES = ("video_id", "ytid", "id", "audio_name", "filename")  # columns, the first that is there
 LABELS = ("labels", "human_labels")
 INT16 = 32767  # PANNs' full scale
+ROWS = 4096  # of labels that are read at once
 
 
 class Clip(NamedTuple):
@@ -164,8 +165,11 @@ def _hdf5(file: Path) -> Any:
 
 def _hdf5_clips(file: Path) -> Iterator[Clip]:
     found = _hdf5(file)
-    for row, (name, target) in enumerate(zip(found["audio_name"], found["target"], strict=True)):
-        yield Clip(stem(name.decode()), tuple(np.flatnonzero(target).tolist()), file, row)
+    for start in range(0, len(found["audio_name"]), ROWS):
+        some = slice(start, start + ROWS)
+        rows = zip(found["audio_name"][some], found["target"][some], strict=True)
+        for row, (name, target) in enumerate(rows, start):
+            yield Clip(stem(name.decode()), tuple(np.flatnonzero(target).tolist()), file, row)
 
 
 @lru_cache(maxsize=8)
