@@ -16,6 +16,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,15 @@ from goose_mm.checkpoint_names import (
     from_goose,
     to_goose,
 )
-from goose_mm.config import ModelConfig, TextModel, load_model_config, to_dict
+from goose_mm.config import (
+    BackboneConfig,
+    ModelConfig,
+    TextConfig,
+    TextModel,
+    from_dict,
+    load_model_config,
+    to_dict,
+)
 
 __all__ = [
     "convert",
@@ -51,6 +60,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "20B_tokenizer.json")
+SHELL = "goose_rwkv7"  # the model_type of folders that goose_mm.hf saves
 SHARD = re.compile(r"[\w-]+\.safetensors")
 PICKLES = (".pth", ".pt", ".bin")
 
@@ -188,16 +198,33 @@ def load_model_files(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Tenso
 def read_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
     """Configuration and tensors, in our layout, of any model we read.
 
-    A folder of ours (text, vision or audio), an official `.pth`, or a fla folder or file.
+    A folder of ours (text, vision or audio), an official `.pth`, a fla folder or file, or a folder
+    that `goose_mm.hf` saved.
     """
     path = Path(path)
     if is_ours(path):
         return load_model_files(path)
+    values = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     tensors = read_tensors(path)
     try:
-        return to_goose(tensors)
+        return (
+            _from_shell(values, tensors) if values.get("model_type") == SHELL else to_goose(tensors)
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _from_shell(values: Mapping[str, Any], tensors: Tensors) -> tuple[ModelConfig, Tensors]:
+    """Our names behind `lm.`, and our fields among those of transformers."""
+
+    def part(cls: type) -> dict[str, Any]:
+        return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+
+    config = from_dict(TextModel, {"backbone": part(BackboneConfig), "text": part(TextConfig)})
+    ours = {name.removeprefix("lm."): tensor for name, tensor in tensors.items()}
+    if values.get("tie_word_embeddings") and "emb.weight" in ours:
+        ours.setdefault("head.weight", ours["emb.weight"])
+    return config, fit(config, ours)
 
 
 def convert(

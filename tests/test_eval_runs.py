@@ -255,3 +255,27 @@ def test_esc50_scores_the_fold_that_was_kept_out(tmp_path):
     report = scored(task, {"a.wav": [0, 1], "b.wav": [0, 1]}, tmp_path / "out")
     assert [item.id for item in task.items] == ["a.wav", "b.wav"]
     assert report["score"] == 0.5 and report["baselines"]["one class always"] == 0.5
+
+
+def test_esc_10_is_the_mean_of_its_five_folds(tmp_path):
+    names = ["rain", "dog_bark", "clock_tick"]
+    rights = {1: (1, 1), 2: (0, 1), 3: (1, 2), 4: (3, 4), 5: (0, 2)}  # clips right, clips
+    rows, predictions = [], {}
+    (tmp_path / "meta.csv").write_text("filename,fold,label\n")
+    for fold, (right, count) in rights.items():
+        for i in range(count):
+            name = f"{fold}-{i}.wav"
+            label = names[(fold + i) % 3]
+            rows.append(f"{name},{fold},{label}\n")
+            soundfile.write(tmp_path / name, np.zeros(800), 16000)
+            guess = sorted(names).index(label) + (i >= right)
+            predictions[name] = [float(c == guess % 3) for c in range(3)]
+    with (tmp_path / "meta.csv").open("a") as file:
+        file.writelines(rows)
+    report = scored(open_task("esc50", tmp_path, OPTIONS), predictions, tmp_path / "out")
+    # folds 1, 0, 1/2, 3/4, 0: their mean .45; squares sum to 1.8125; 5 of 10 clips are right
+    assert report["measure"] == "mean_of_folds" and report["score"] == pytest.approx(0.45)
+    assert report["scores"]["std_of_folds"] == pytest.approx((1.8125 / 5 - 0.45**2) ** 0.5)
+    assert report["scores"]["pooled_accuracy"] == 0.5
+    assert report["types"]["fold"]["fold 4"] == (0.75, 4)
+    assert "| std_of_folds | 0.4 |" in (tmp_path / "out" / "report.md").read_text()

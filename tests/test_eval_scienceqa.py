@@ -100,7 +100,7 @@ def test_lenient_takes_other_forms(text, choice):
     assert parse_choice(text, 3, mode="lenient") == choice
 
 
-@pytest.mark.parametrize("mode", ["llava", "lenient"])
+@pytest.mark.parametrize("mode", ["llava", "lenient", "lmms_eval"])
 def test_letters_reach_as_far_as_the_choices(mode):
     for n_choices in range(2, 6):
         parsed = [parse_choice(letter, n_choices, mode=mode) for letter in "ABCDE"]
@@ -109,7 +109,7 @@ def test_letters_reach_as_far_as_the_choices(mode):
 
 
 def test_unknown_modes_are_refused():
-    with pytest.raises(ValueError, match=r'"llava" or "lenient", got \'strict\''):
+    with pytest.raises(ValueError, match=r"one of llava, lenient, lmms_eval, got 'strict'"):
         parse_choice("A", 2, mode="strict")
 
 
@@ -153,6 +153,11 @@ def test_lenient_understands_what_llava_does(text, n_choices):
 def test_lenient_understands_what_lmms_eval_does(text, choice):
     if official_lmms_eval(text, choice):
         assert parse_choice(text, 5, mode="lenient") == choice
+
+
+@given(texts, st.integers(0, 4))
+def test_the_lmms_eval_parser_is_that_of_the_harness(text, choice):
+    assert (parse_choice(text, 5, mode="lmms_eval") == choice) == official_lmms_eval(text, choice)
 
 
 def test_the_table_by_hand():

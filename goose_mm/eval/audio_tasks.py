@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from goose_mm.eval.audio_metrics import fold_accuracy, tagging_metrics
+from goose_mm.eval.clip_files import Clip, files_of, index, waveform
 from goose_mm.eval.task import Item, Scores, Task, TaskOptions, limited, need
 
-SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+CLASSES = "class_labels_indices.csv"
+CLIPS = (
+    "clips in {0}/ or {0}-*: sounds, .tar (webdataset), .h5 (PANNs), .parquet or a saved dataset"
+)
+AUDIOSET_PAGES = (
+    "get the tables from research.google.com/audioset/download.html (download_strong.html for "
+    "events) and the clips yourself, and put them there"
+)
 
 
 class ClipTask(Task):
@@ -28,45 +38,77 @@ class ClipTask(Task):
                 f"{self.name}; it knows {len(model.labels)}"
             )
         columns = [model.labels.index(label) for label in self.labels]
-        rows = model.logits([group[0].group for group in groups])[:, columns]
+        rate = model.config.audio.sample_rate
+        rows = model.logits([self.sound(group[0], rate) for group in groups])[:, columns]
         return [[[float(f"{x:.7g}") for x in row]] for row in rows.tolist()]
+
+    def sound(self, item: Item, sample_rate: int) -> Any:
+        """What the model is given: a file, or samples at its rate."""
+        return item.group
 
     def matrix(self, predictions: dict[str, Any]) -> np.ndarray:
         return np.array([predictions[item.id] for item in self.items])
 
 
 class AudioSet(ClipTask):
-    """Multi-label tags of 10 s clips (Gemmeke et al. 2017); says how many clips were found."""
+    """Multi-label tags of 10 s clips (Gemmeke et al. 2017); says how many clips were found.
+
+    Labels come from `SPLIT_segments.csv`, for a split like `eval_strong` from the events of
+    `audioset_eval_strong.tsv` (Hershey et al. 2021), all of a clip together; without a table
+    from the files of the clips. Classes are those of `class_labels_indices.csv`.
+    """
 
     name = "audioset"
 
     def __init__(self, data: Path, options: TaskOptions) -> None:
         split = options.split or "eval"
-        table, names = f"{split}_segments.csv", "class_labels_indices.csv"
-        files = {table: "segments", names: "labels", split: "clips"}
-        source = (
-            "get the tables from research.google.com/audioset/download.html, and the clips yourself"
-        )
-        need(data, files, source)
-        with (data / names).open(newline="", encoding="utf-8") as file:
-            known = {row["mid"]: row["display_name"] for row in csv.DictReader(file)}
-        self.labels = tuple(known.values())
-        with (data / table).open(newline="", encoding="utf-8") as file:
-            lines = (line for line in file if not line.startswith("#"))
-            rows = list(csv.reader(lines, skipinitialspace=True))
-        index = {mid: i for i, mid in enumerate(known)}
-        items, targets = [], {}
-        for key, _, _, mids in rows:
-            clip = find_clip(data / split, key)
-            if clip is None:
-                continue
-            items.append(Item(key, str(clip)))
-            targets[key] = [index[mid] for mid in mids.split(",")]
-        self.items = limited(items, options.limit)
-        self.targets = np.zeros((len(self.items), len(known)), np.int64)
-        for row, item in enumerate(self.items):
-            self.targets[row, targets[item.id]] = 1
-        self.settings = {"split": split, "clips listed": len(rows), "clips found": len(items)}
+        strong = split.endswith("_strong")
+        table_name = f"audioset_{split}.tsv" if strong else f"{split}_segments.csv"
+        files = files_of(data, split) or files_of(data, split.removesuffix("_strong"))
+        if not files or not (data / CLASSES).is_file():
+            tables = {CLASSES: "classes", table_name: "labels", split: CLIPS.format(split)}
+            need(data, tables, AUDIOSET_PAGES)
+            raise FileNotFoundError(f"{data / split} is empty: {CLIPS.format(split)}")
+        with (data / CLASSES).open(newline="", encoding="utf-8") as file:
+            classes = list(csv.DictReader(file))
+        self.labels = tuple(row["display_name"] for row in classes)
+        self.numbers: dict[Any, int] = {}
+        for i, row in enumerate(classes):
+            self.numbers |= {i: i, row["mid"]: i, row["display_name"]: i}
+        table = (read_events if strong else read_segments)(data / table_name)
+
+        self.clips: dict[str, Clip] = {}
+        targets: dict[str, set[int]] = {}
+        unknown = 0
+        shown = tqdm(files, desc="looking for clips", unit="file", leave=False, disable=None)
+        for key, clip, labels in listed(index(shown), table, table_name):
+            if key not in self.clips:
+                self.clips[key] = clip
+                targets[key] = {self.numbers[x] for x in labels if x in self.numbers}
+                unknown += sum(x not in self.numbers for x in labels)
+        if not any(targets.values()):
+            raise ValueError(
+                f"none of {len(targets)} clips of {split} in {data} is both listed and labelled "
+                f"with a class of {CLASSES}; {CLIPS.format(split)}"
+            )
+        self.items = limited([Item(key, key) for key in self.clips], options.limit)
+        self.order = sorted(item.id for item in self.items)  # not that of the files
+        self.targets = np.zeros((len(self.order), len(classes)), np.int64)
+        for row, key in enumerate(self.order):
+            self.targets[row, list(targets[key])] = 1
+        self.settings = {
+            "split": split,
+            "labels": "events of a clip, united" if strong else "of clips",
+            "labels of no class": unknown,
+            "clips listed": len(table or self.clips),
+            "clips found": len(self.clips),
+        }
+
+    def sound(self, item: Item, sample_rate: int) -> Any:
+        return waveform(self.clips[item.id], sample_rate)
+
+    def matrix(self, predictions: dict[str, Any]) -> np.ndarray:
+        return np.array([predictions[key] for key in self.order])
 
     def score(self, predictions: dict[str, Any]) -> Scores:
         found = tagging_metrics(self.matrix(predictions), self.targets)
@@ -120,13 +162,56 @@ class ESC50(ClipTask):
             item.id: float(guess == target)
             for item, guess, target in zip(self.items, best, self.targets, strict=True)
         }
-        return Scores("pooled_accuracy", found, {"fold": folds}, items)
+        return Scores("mean_of_folds", found, {"fold": folds}, items)
 
     def baselines(self) -> dict[str, float]:
         return {"one class always": max(map(self.targets.count, self.targets)) / len(self.targets)}
 
 
-def find_clip(folder: Path, key: str) -> Path | None:
-    """The file of an AudioSet id: as the id says or, as many downloads have it, behind a Y."""
-    files = (folder / f"{prefix}{key}{ending}" for prefix in ("", "Y") for ending in SOUNDS)
-    return next((file for file in files if file.exists()), None)
+def read_segments(path: Path) -> dict[str, list[str]] | None:
+    """Labels by id of an official table of clips; None if it is not there."""
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = (line for line in file if not line.startswith("#"))
+        rows = list(csv.reader(lines, skipinitialspace=True))
+    if wrong := next((row for row in rows if len(row) != 4), None):
+        raise ValueError(f"{path}: a row has {len(wrong)} fields instead of 4: {wrong}")
+    return {key: mids.split(",") for key, _, _, mids in rows}
+
+
+def read_events(path: Path) -> dict[str, list[str]]:
+    """Labels by id of an official table of events: those that occur anywhere in a clip."""
+    need(path.parent, {path.name: "events"}, AUDIOSET_PAGES)
+    found: dict[str, dict[str, None]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        if lacking := {"segment_id", "label"} - set(rows.fieldnames or ()):
+            raise ValueError(f"{path} lacks the columns {', '.join(sorted(lacking))}")
+        for row in rows:
+            found.setdefault(row["segment_id"], {})[row["label"]] = None
+    return {key: list(labels) for key, labels in found.items()}
+
+
+def listed(
+    clips: Iterable[Clip], table: dict[str, list[str]] | None, name: str
+) -> Iterator[tuple[str, Clip, Sequence[Any]]]:
+    """(id, clip, labels) of the clips that a table lists; of all without a table.
+
+    Many downloads put a Y before the id; files of strong labels may leave out where in the
+    video the clip begins, as in ID_30000.
+    """
+    if table is None:
+        for clip in clips:
+            if clip.labels is None:
+                raise ValueError(f"{clip.file} tells no labels: put {name} there; {AUDIOSET_PAGES}")
+            yield re.sub("^Y(?=.{11}$)", "", clip.name), clip, clip.labels
+        return
+    ids = {}
+    for key in table:
+        video = re.sub(r"(?<=^.{11})_\d+$", "", key)
+        for called in (key, f"Y{key}", video, f"Y{video}"):
+            ids.setdefault(called, key)
+    for clip in clips:
+        if key := ids.get(clip.name):
+            yield key, clip._replace(labels=None), table[key]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-__all__ = ["gqa_scores", "normalize_gqa_llava"]
+__all__ = ["gqa_correct_lmms_eval", "gqa_correct_vlmevalkit", "gqa_scores", "normalize_gqa_llava"]
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 _COMMON = ("color", "material", "shape")
 # Substrings of "operation: argument"; the final asking does not count as a step of reasoning.
@@ -30,6 +33,19 @@ _TRAITS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 def normalize_gqa_llava(text: str) -> str:
     """A prediction as LLaVA converts it before it is scored: final stops removed, lower case."""
     return text.rstrip(".").lower()
+
+
+def gqa_correct_lmms_eval(prediction: str, answer: str) -> bool:
+    """Whether lmms-eval counts a prediction as right: case and punctuation do not matter."""
+    found, wanted = (
+        text.lower().translate(_NO_PUNCTUATION) for text in (prediction.strip(), answer)
+    )
+    return found == wanted
+
+
+def gqa_correct_vlmevalkit(prediction: str, answer: str) -> bool:
+    """Whether VLMEvalKit counts a prediction as right: case does not matter, a final stop does."""
+    return prediction.strip().lower() == answer.strip().lower()
 
 
 def gqa_scores(

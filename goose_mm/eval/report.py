@@ -35,7 +35,7 @@ def write_report(
         "score": scores.values[scores.headline],
         "measure": scores.headline,
         "interval": interval(task, scores),
-        "scores": scores.values,
+        "scores": {scores.headline: None} | scores.values,  # the headline stands first
         "types": scores.types,
         "baselines": baselines,
         "settings": settings,

@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = ["parse_choice", "scienceqa_scores"]
 
+MODES = ("llava", "lenient", "lmms_eval")
 _LETTERS = ["A", "B", "C", "D", "E"]
 # The unescaped stop is LLaVA's: some character must follow the letter, any but a line break.
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
@@ -29,10 +30,14 @@ def parse_choice(text: str, n_choices: int, mode: str = "llava") -> int | None:
 
     "llava" accepts only "B", "B. ..." and one "The answer is B." anywhere, in these capitals.
     "lenient" accepts those, then the same in any case, "(B)", "B)", "B:", "B." and "answer is B".
-    Neither knows more than five letters. Raises ValueError for another mode.
+    "lmms_eval" accepts what that harness does: a letter alone in any case, or whatever begins
+    with a capital and a stop. None knows more than five letters. Raises ValueError for another
+    mode.
     """
-    if mode not in ("llava", "lenient"):
-        raise ValueError(f'mode must be "llava" or "lenient", got {mode!r}')
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "lmms_eval":
+        return _index(_lmms_eval_letter(text.strip()), n_choices)
     choice = _index(_llava_letter(text), n_choices)
     if choice is None and mode == "lenient":
         choice = _index(_lenient_letter(text), n_choices)
@@ -77,6 +82,12 @@ def _llava_letter(text: str) -> str:
         return text[0]
     found = _SENTENCE.findall(text)
     return found[0] if len(found) == 1 else ""
+
+
+def _lmms_eval_letter(text: str) -> str:
+    if len(text) == 1:
+        return text.upper()
+    return text[0] if text[1:2] == "." and text[0].isupper() else ""
 
 
 def _lenient_letter(text: str) -> str:

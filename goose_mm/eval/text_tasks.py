@@ -103,7 +103,9 @@ class Lambada(TextTask):
     def __init__(self, data: Path, options: TaskOptions) -> None:
         super().__init__()
         name = next((name for name in self.files if (data / name).exists()), self.files[0])
-        source = "published numbers are on EleutherAI/lambada_openai of the Hugging Face hub"
+        source = (
+            f"put it there, or {self.files[1]} of EleutherAI/lambada_openai on the Hugging Face hub"
+        )
         need(data, {name: "passages"}, source)
         lines = (data / name).read_text(encoding="utf-8").split("\n")
         texts = [json.loads(line)["text"] for line in lines if line.strip()]

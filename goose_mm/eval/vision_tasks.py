@@ -1,17 +1,27 @@
-"""Questions about pictures, in the files of their pages: VQAv2, TextVQA, GQA, ScienceQA."""
+"""Questions about pictures, in the files of their pages: VQAv2, TextVQA, GQA, ScienceQA.
+
+The official score comes first. What a harness would print of the same answers stands beside it
+under the harness's name; harnesses score answers as the model gave them.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from goose_mm.eval.gqa import gqa_scores
+from goose_mm.eval.gqa import gqa_correct_lmms_eval, gqa_correct_vlmevalkit, gqa_scores
 from goose_mm.eval.scienceqa import parse_choice, scienceqa_scores
 from goose_mm.eval.task import SHORT_ANSWER, Item, Scores, Task, TaskOptions, limited, need
-from goose_mm.eval.vqa import textvqa_accuracy, vqa_accuracy, vqa_scores
+from goose_mm.eval.vqa import (
+    textvqa_accuracy,
+    textvqa_accuracy_vlmevalkit,
+    vqa_accuracy,
+    vqa_accuracy_lmms_eval,
+    vqa_scores,
+)
 
 MAX_NEW_TOKENS = 128
 
@@ -52,6 +62,11 @@ class PictureTask(Task):
 def plain(text: str) -> str:
     """Lower case without the final stop, as LLaVA converts answers before they are uploaded."""
     return text.strip().rstrip(".").lower()
+
+
+def percent(scores: Iterable[float]) -> float | None:
+    found = list(scores)
+    return 100 * sum(found) / len(found) if found else None
 
 
 class VQAv2(PictureTask):
@@ -102,13 +117,18 @@ class VQAv2(PictureTask):
             }
             for kind in counts
         }
-        items = {
-            str(row["question_id"]): vqa_accuracy(
-                answers[row["question_id"]], [a["answer"] for a in row["answers"]]
-            )
+        known = {
+            str(row["question_id"]): [answer["answer"] for answer in row["answers"]]
             for row in self.annotations
         }
-        return Scores("VQA accuracy", {"VQA accuracy": official["overall"]}, types, items)
+        values: dict[str, float | None] = {
+            "VQA accuracy": official["overall"],
+            "VQA accuracy (lmms-eval)": percent(
+                vqa_accuracy_lmms_eval(predictions[key], each) for key, each in known.items()
+            ),
+        }
+        items = {key: vqa_accuracy(answers[int(key)], each) for key, each in known.items()}
+        return Scores("VQA accuracy", values, types, items)
 
     def baselines(self) -> dict[str, float]:
         if not self.annotations:
@@ -165,7 +185,16 @@ class TextVQA(PictureTask):
         items = {
             key: textvqa_accuracy(predictions[key], known) for key, known in self.answers.items()
         }
-        return Scores(name, {name: 100 * sum(items.values()) / len(items)}, {}, items)
+        official = percent(items.values())
+        values: dict[str, float | None] = {
+            name: official,
+            f"{name} (lmms-eval)": official,  # which has the official rules here
+            f"{name} (VLMEvalKit)": percent(
+                textvqa_accuracy_vlmevalkit(predictions[key], known)
+                for key, known in self.answers.items()
+            ),
+        }
+        return Scores(name, values, {}, items)
 
     def upload(self, predictions: dict[str, Any]) -> Any:
         return [{"question_id": int(k), "answer": v} for k, v in predictions.items()]
@@ -202,11 +231,13 @@ class GQA(PictureTask):
             if isinstance(parts, dict)
         }
         values = {key: value for key, value in found.items() if not isinstance(value, dict)}
-        items = {
-            key: float(answers[key] == row["answer"])
-            for key, row in self.questions.items()
-            if row["isBalanced"]
-        }
+        wanted = {key: row["answer"] for key, row in self.questions.items() if row["isBalanced"]}
+        harnesses = {"lmms-eval": gqa_correct_lmms_eval, "VLMEvalKit": gqa_correct_vlmevalkit}
+        for harness, correct in harnesses.items():
+            values[f"accuracy ({harness})"] = percent(
+                correct(predictions[key], answer) for key, answer in wanted.items()
+            )
+        items = {key: float(answers[key] == answer) for key, answer in wanted.items()}
         return Scores("accuracy", values, types, items)
 
     def baselines(self) -> dict[str, float]:
@@ -247,6 +278,8 @@ class ScienceQA(PictureTask):
         for mode in ("llava", "lenient"):
             found = scienceqa_scores(self.problems, predictions, mode=mode)
             values |= {f"{key} ({mode} parser)": value for key, value in found.items()}
+        found = scienceqa_scores(self.problems, predictions, mode="lmms_eval")
+        values |= {f"{key} (lmms-eval)": found[key] for key in ("Avg", "IMG")}
         items = {
             key: float(parse_choice(predictions[key], len(row["choices"])) == row["answer"])
             for key, row in self.problems.items()

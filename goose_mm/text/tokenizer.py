@@ -202,7 +202,7 @@ class _ByteLevel(Tokenizer):
         super().__init__(_pieces(library, source), rows)
         self._library = library
         self._byte_ids = {
-            byte: library.token_to_id(char) for char, byte in _byte_of_character().items()
+            byte: library.token_to_id(char) for char, byte in byte_of_character().items()
         }
 
     def _encode(self, data: bytes) -> list[int]:
@@ -223,6 +223,12 @@ class _ByteLevel(Tokenizer):
                 "decode the input with errors='replace'"
             )
         return token
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json, whole or not at all."""
+        part = Path(f"{os.fspath(path)}.part")
+        part.write_text(self._library.to_str(pretty=True), encoding="utf-8")
+        os.replace(part, path)
 
 
 class BPETokenizer(_ByteLevel):
@@ -245,7 +251,7 @@ class BPETokenizer(_ByteLevel):
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
-            initial_alphabet=sorted(_byte_of_character()),
+            initial_alphabet=sorted(byte_of_character()),
             show_progress=False,
         )
         library.train_from_iterator(texts, trainer)
@@ -255,12 +261,6 @@ class BPETokenizer(_ByteLevel):
     def load(cls, path: str | os.PathLike[str]) -> BPETokenizer:
         """Read tokenizer.json. FileNotFoundError, or ValueError when it is no byte-level BPE."""
         return cls(_read_library(Path(path)), source=f"{path}: ")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json, whole or not at all."""
-        part = Path(f"{os.fspath(path)}.part")
-        part.write_text(self._library.to_str(pretty=True), encoding="utf-8")
-        os.replace(part, path)
 
 
 class PileTokenizer(_ByteLevel):
@@ -309,7 +309,7 @@ def _pieces(library: tokenizers.Tokenizer, source: str) -> list[bytes]:
     if library.token_to_id(END_OF_TEXT) != 0:
         raise ValueError(f"{source}id 0 must be {END_OF_TEXT}, it is {library.id_to_token(0)!r}")
     added = library.get_added_tokens_decoder()
-    byte_of = _byte_of_character()
+    byte_of = byte_of_character()
     vocabulary = library.get_vocab()
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
@@ -323,7 +323,7 @@ def _pieces(library: tokenizers.Tokenizer, source: str) -> list[bytes]:
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """The printable stand-ins that byte-level BPE uses for bytes (GPT-2's table).
 
     Printable Latin-1 stands for itself; the other bytes, in order, are U+0100 onwards.
