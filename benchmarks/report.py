@@ -79,20 +79,27 @@ def kernels(results: dict[str, Any]) -> str:
     ]
     for shape, row in results["shapes"].items():
         for key, what in (("forward", "forward"), ("training", "forward + backward")):
-            cells = [f"{row[name][key]['median']:.2f}" if name in row else "" for name in names]
+            cells = [times(row[name], key) if name in row else "" for name in names]
             lines.append(f"| {shape} | {what} | {' | '.join(cells)} | {row['floor'][key]:.2f} |")
         cells = [f"{row[name]['extra_gib']:.2f}" if name in row else "" for name in names]
         lines.append(f"| {shape} | extra GiB | {' | '.join(cells)} | |")
     worst = [f"{max(results['errors'][name].values()):.1e}" for name in names]
     lines.append(f"| B2 T256 H3 | worst error | {' | '.join(worst)} | |")
     about = (
-        f"Median milliseconds on {results['hardware']}, {results['dtype']}, torch "
+        "Median milliseconds, in brackets replayed as a CUDA graph, on "
+        f"{results['hardware']}, {results['dtype']}, torch "
         f"{results['versions']['torch']}, {results['date']}, commit {results['commit']}; "
         "errors relative to float64, of y, the state and all gradients; floor: what must be moved, "
         "at the measured bandwidth of a copy."
     )
     absent = "".join(f" {name} did not run: {why}." for name, why in results["absent"].items())
     return "\n".join(lines) + f"\n\n{about}{absent}\n\n![forward + backward](kernels.svg)"
+
+
+def times(row: dict[str, Any], key: str) -> str:
+    """From Python, and in brackets what a CUDA graph takes."""
+    replayed = row.get(f"{key} replayed")
+    return f"{row[key]['median']:.2f}" + (f" ({replayed['median']:.2f})" if replayed else "")
 
 
 def draw_kernels(results: dict[str, Any], file: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_wkv7 import error, hard_cases, make, noise, oracle, results
 
-from goose_mm.kernels import chunked, triton, wkv7
+from goose_mm.kernels import chunked, cuda, triton, wkv7
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["triton"]
@@ -134,3 +134,13 @@ def test_decay_below_the_limit_is_an_error_not_nan():
     inputs[1] = inputs[1] * 0 - 5.1
     with pytest.raises(ValueError, match=r"below -5.*kernel='reference'"):
         wkv7(*inputs, kernel="triton")
+
+
+@pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA device")
+def test_a_kernel_that_another_thread_has_loaded():
+    """The thread of the backward pass may never have used the device before."""
+    inputs = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in make(1, 20, 1, 64)]
+    for name in ("forward", "backward"):
+        cuda.loaded(name, inputs[0].device, torch.bfloat16, 64, torch.bfloat16)
+    wkv7(*inputs, kernel="cuda")[0].sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)

@@ -25,10 +25,10 @@ HEAD_SIZES = (64, 128)
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 # (head size, bytes of a number) -> (shared memory that a block needs, chunks of a segment)
 SEGMENTS = {
-    (64, 2): ((114_736, 3), (88_112, 2)),
-    (64, 4): ((157_744, 3), (116_784, 2), (92_176, 1)),
-    (128, 2): ((219_216, 2), (151_632, 1)),
-    (128, 4): ((180_304, 1),),
+    (64, 2): ((114_736, 3), (87_856, 2)),
+    (64, 4): ((157_744, 3), (116_528, 2), (92_176, 1)),
+    (128, 2): ((218_704, 2), (150_800, 1)),
+    (128, 4): ((179_280, 1),),
 }
 NUMBERS = 5  # T, heads, rows, slots, reverse: what follows the pointers
 
@@ -164,8 +164,9 @@ def launch(
     function, threads, shared = loaded(name, r.device, r.dtype, r.shape[-1], out)
     values = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
     with torch.cuda.device_of(r):
-        stream = torch._C._cuda_getCurrentRawStream(r.get_device())
-        nvrtc.launch(function, (*grid, 1), threads, shared, stream, values)
+        device = r.get_device()
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        nvrtc.launch(function, (*grid, 1), threads, shared, device, stream, values)
 
 
 @cache

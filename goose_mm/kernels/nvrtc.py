@@ -115,12 +115,14 @@ def launch(
     grid: tuple[int, int, int],
     threads: int,
     shared: int,
+    device: int,
     stream: int,
     arguments: list[int],
 ) -> None:
-    """Start a kernel with pointers and integers, on a stream of the current device."""
+    """Start a kernel with pointers and integers, on a stream of a device."""
     driver = bindings("driver")
 
+    enter(device)  # the kernel may have been loaded by another thread
     count = len(arguments)
     values = (ctypes.c_ulonglong * count)(*arguments)
     first = ctypes.addressof(values)

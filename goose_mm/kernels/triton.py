@@ -32,17 +32,18 @@ WORK = {
 # How each program is launched, by the type of operands. A scan's grid divides the values (rows of
 # the state) into blocks of M; the next STAGES - 1 chunks are on their way while one is worked on.
 # M is 64 or there is one warp: then results of products stay in registers as the next operands.
+# `maxnreg` lets one more program run on a multiprocessor, which is worth the few registers spilled.
 HALF, SINGLE = torch.float16, torch.float32
-PREPARE = {HALF: {"num_warps": 1}, SINGLE: {"num_warps": 1}}
+PREPARE = {HALF: {"num_warps": 1, "maxnreg": 168}, SINGLE: {"num_warps": 1}}
 SCAN = {
-    HALF: {"M": 64, "STAGES": 3, "num_warps": 2},
+    HALF: {"M": 16, "STAGES": 3, "num_warps": 1},
     SINGLE: {"M": 16, "STAGES": 2, "num_warps": 2},
 }
 SCAN_BACK = {
-    HALF: {"M": 64, "STAGES": 3, "num_warps": 2},
+    HALF: {"M": 32, "STAGES": 3, "num_warps": 1},
     SINGLE: {"M": 16, "STAGES": 2, "num_warps": 2},
 }
-GRADIENTS = {HALF: {"num_warps": 4}, SINGLE: {"num_warps": 8}}
+GRADIENTS = {HALF: {"num_warps": 4, "maxnreg": 168}, SINGLE: {"num_warps": 8}}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str:

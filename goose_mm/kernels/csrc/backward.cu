@@ -38,7 +38,7 @@ struct Shared {
   };
   Found found[SEGMENT];
   f16 dY[Q * ROW], K_rest[Q * ROW];
-  float running[SUMS], decay[3][N], carry[WARPS][N], largest[2 * WARPS];
+  float running[SUMS], decay[SEGMENT][N], carry[WARPS][N], largest[2 * WARPS];
 };
 static_assert(sizeof(float) * SUMS <= sizeof(f16) * N * N && 2 * WARPS * Q * 16 * sizeof(float) <= 4 * Q * N * sizeof(IO), "");
 
@@ -139,57 +139,60 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
     auto chunk_of = [&](int i) -> Chunk& { return (count - 1 - i) & 1 ? shared.other : shared.chunk; };
     sync_threads();  // the last slot of the segment after this one is free
     if (segment < segments - 1) request(segment, SEGMENT - 1);
+    const Lane again(0, 1, thread_anew()), making(WARPS, 1, thread_anew());
+    auto sum = [&](int i) {
+      if (maker && making.warp < MAKERS && i < count)
+        sum_decay<false>(shared.running, shared.decay[i], shared.inputs[slot_of(segment, i)][log_w_], making);
+    };
+    float S[N / 8][4] = {};
     if (maker) {
-      const Lane making(WARPS, 1, thread_anew());
-      auto sum = [&](int i) {
-        sum_decay<false>(shared.running, shared.decay[i % 3], shared.inputs[slot_of(segment, i)][log_w_], making);
-      };
-      if (making.warp < MAKERS) {
-        await();
-        sync_some<1, 32 * MAKERS>();
-        sum(0);
-        sync_some<1, 32 * MAKERS>();
+      if (making.warp < MAKERS) await();
+    } else if (segment > 0) {
+      load_state(S, saved_before(segment), again);
+    } else if (state) {
+      load_state(S, state + here, again);
+    }
+    sync_threads();
+    sum(0);
+    sync_threads();
+    // As in the forward pass: the states before each chunk, and what was found there.
+    for (int i = 0; i <= count; i++) {
+      const Lane again(0, 1, thread_anew());
+      if (i < count) {
+        auto& raw = shared.inputs[slot_of(segment, i)];
+        prepare<2, dense_at>(chunk_of(i), raw, shared.running, i == count - 1 ? shared.K_rest : nullptr, (f16*)raw[log_w_],
+                             2 * (again.warp & 7), again.warp / 8 * 64, again);
       }
-      for (int i = 0; i < count; i++) {
-        if (making.warp < MAKERS) {
-          auto& raw = shared.inputs[slot_of(segment, i)];
-          bool last = i == count - 1;
-          for (int col = 0; col < N; col += 64)
-            prepare<4, dense_at>(chunk_of(i), raw, shared.running, last ? shared.K_rest : nullptr, (f16*)raw[log_w_], 4 * making.warp, col, making);
-          if (!last) await();
-          sync_some<1, 32 * MAKERS>();  // the chunk is here, and the inputs of the next
-          if (!last) sum(i + 1);
-          relate(chunk_of(i), shared.found[i].squares, shared.carry[0], making);
-        }
-        sync_threads();  // this chunk is made, and the one before it is read
-      }
-    } else {  // the states before each chunk, and what was found there
-      const Lane l(0, 1, thread_anew());
-      float S[N / 8][4] = {};
-      if (segment > 0) {
-        load_state(S, saved_before(segment), l);
-      } else if (state) {
-        load_state(S, state + here, l);
-      }
-      for (int i = 0; i < count; i++) {
-        sync_threads();
-        const Chunk& chunk = chunk_of(i);
-        Found& found = shared.found[i];
-        if (i == 0) scale(S, shared.decay[0], 1, l);
-        else scale(S, shared.decay[(i - 1) % 3], shared.decay[i % 3], l);
-        u32 s0[N / 16][4], v_t[4], x[4];
-        as_operand(s0, S);
-#pragma unroll
-        for (int key = 0; key < N; key += 16) store_operand<state_at>(found.S0, s0[key / 16], l.value, key, l);
+      if (maker && making.warp < MAKERS && i + 1 < count) await();
+      sync_threads();  // the chunk is here, and the inputs of the next
+      if (maker) {
+        sum(i + 1);
+        if (i < count) relate(chunk_of(i), shared.found[i].squares, shared.carry[0], making);
+      } else if (i > 0) {
+        const Chunk& chunk = chunk_of(i - 1);
+        Found& found = shared.found[i - 1];
+        if (i == 1) scale(S, shared.decay[0], 1, again);
+        else scale(S, shared.decay[i - 2], shared.decay[i - 1], again);
+        u32 s0[4], v_t[4], x[4], b[4];
         float z[2][4] = {}, f[2][4] = {};
-        left_of_transposed<tokens_at>(v_t, chunk.V, l, l.value, 0);
-        find(z, s0, v_t, chunk, found.squares, l);
-        if (i < count - 1) add_product(S, v_t, chunk.K, l);
-        solve(f, z, found.squares, l);
+#pragma unroll
+        for (int key = 0; key < N; key += 16) {  // as `find`, but with fewer registers
+          s0[0] = pack_f16(S[key / 8][0], S[key / 8][1]), s0[1] = pack_f16(S[key / 8][2], S[key / 8][3]);
+          s0[2] = pack_f16(S[key / 8 + 1][0], S[key / 8 + 1][1]), s0[3] = pack_f16(S[key / 8 + 1][2], S[key / 8 + 1][3]);
+          store_operand<state_at>(found.S0, s0, again.value, key, again);
+          right_of_transposed<tokens_at>(b, chunk.A, again, 0, key);
+          multiply_add(z, s0, b);
+        }
+        left_of_transposed<tokens_at>(v_t, chunk.V, again, again.value, 0);
+        right_of_transposed<square_at>(b, found.squares[ak_], again, 0, 0);
+        multiply_add(z, v_t, b);
+        if (i < count) add_product(S, v_t, chunk.K, again);
+        solve(f, z, found.squares, again);
         as_operand(x, f, -1);
-        store_operand<square_at>(found.minus_f, x, l.value, 0, l);
-        if (i < count - 1) add_product(S, x, chunk.E, l);
+        store_operand<square_at>(found.minus_f, x, again.value, 0, again);
+        if (i < count) add_product(S, x, chunk.E, again);
       }
+      if (i < count) sync_threads();  // this chunk is made, and the one before it is read
     }
     if (segment > 1 && thread() < N * N / 64) prefetch(saved_before(segment - 1) + 64 * thread());
     measure(shared.inputs[slot_of(segment, count - 1)][dY_]);
@@ -201,7 +204,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       Back& back = shared.back;
       auto& raw = shared.inputs[slot_of(segment, i)];
       f16* E_rest = (f16*)raw[log_w_];
-      const float *decay = shared.decay[i % 3], *running = i == count - 1 ? shared.running : (float*)shared.found[i + 1].S0;
+      const float *decay = shared.decay[i], *running = i == count - 1 ? shared.running : (float*)shared.found[i + 1].S0;
       int c = segment * SEGMENT + i;
       float top = 0;
 #pragma unroll
@@ -222,6 +225,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       if (i < count - 1) request(segment - 1, SEGMENT - 2 - i);
 
       // One of the two warps finds dz of their values, the other dV.
+      const Lane l(0, 2, thread_anew());
       u32 dy_t[4], dz_t[4], x[4], b[4];
       float dV[2][4] = {};
       left_of_transposed<tokens_at>(dy_t, shared.dY, l, l.value, 0);
@@ -371,7 +375,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       }
       if (i > 0) {
         const auto& next = shared.inputs[slot_of(segment, i - 1)];
-        sum_decay<false>((float*)shared.found[i].S0, shared.decay[(i - 1) % 3], next[log_w_], {8 * warp}, e);
+        sum_decay<false>((float*)shared.found[i].S0, shared.decay[i - 1], next[log_w_], {8 * warp}, e);
         measure(next[dY_]);
       }
       sync_threads();  // the other warp's part is here, nobody reads the chunk any more, and the next can begin

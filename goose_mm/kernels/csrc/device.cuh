@@ -39,10 +39,6 @@ DEVICE char* shared_memory() {
 }
 DEVICE void sync_threads() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
-// Some warps of the block, always the same ones for one number (1 to 15).
-template <int number, int threads> DEVICE void sync_some() {
-  asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
-}
 
 template <class T> DEVICE T shuffle(T x, int lane) { return __shfl_sync(~0u, x, lane); }
 template <class T> DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
