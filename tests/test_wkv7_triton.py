@@ -59,9 +59,7 @@ def compiled(name: str, arch: int, packed: bool) -> Any:
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_compiles_without_a_gpu_and_spills_little(
-    name, arch, packed, tmp_path
-):
+def test_compiles_without_a_gpu_and_spills_little(name, arch, packed, tmp_path):
     found = compiled(name, arch, packed)
     assert "wgmma" not in found.asm["ptx"]  # see triton_chunk.py
     binary = tmp_path / "program.cubin"
