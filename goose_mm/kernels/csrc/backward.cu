@@ -160,7 +160,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       const Lane again(0, 1, thread_anew());
       if (i < count) {
         auto& raw = shared.inputs[slot_of(segment, i)];
-        prepare<2, dense_at>(chunk_of(i), raw, shared.running, i == count - 1 ? shared.K_rest : nullptr, (f16*)raw[log_w_],
+        prepare<dense_at>(chunk_of(i), raw, shared.running, i == count - 1 ? shared.K_rest : nullptr, (f16*)raw[log_w_],
                              2 * (again.warp & 7), again.warp / 8 * 64, again);
       }
       if (maker && making.warp < MAKERS && i + 1 < count) await();
@@ -215,7 +215,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       float4 dout = load_four(raw[dY_] + raw_at(my_token, channel));
       scale(G, decay, up, l);  // now P
       sum_values(shared.carry[l.value / 16], G, found.S0, l);
-      if (i < count - 1) prepare<2, dense_at>(shared.chunk, raw, running, shared.K_rest, E_rest, token, col, l);
+      if (i < count - 1) prepare<dense_at>(shared.chunk, raw, running, shared.K_rest, E_rest, token, col, l);
       store_split<tokens_at>(shared.dY, my_token, channel, dout * up);
       u32 p[N / 32][4];
       as_operand(p, G);
