@@ -282,3 +282,16 @@ def test_other_hdf5_says_what_it_lacks(tmp_path):
 
     with pytest.raises(ValueError, match=r"lacks audio_name, waveform, target; .* as PANNs does"):
         open_task("audioset", audioset(tmp_path / "data", other), TaskOptions())
+
+
+def test_a_table_cannot_name_a_sound_outside_of_its_folder(tmp_path):
+    from datasets import Dataset
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.wav").write_bytes(encoded(0, "wav"))
+    for path in ("../secret.wav", str(tmp_path / "secret.wav")):
+        rows = {"id": ["a"], "audio": [{"bytes": None, "path": path}]}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "eval.parquet")
+        (clip,) = clip_files.index(clip_files.files_of(tmp_path / "data", "eval"))
+        with pytest.raises(ValueError, match=r"outside of .*put the sounds beside the table"):
+            clip_files.load(clip)

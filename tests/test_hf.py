@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_eval_plugins import lm_eval, text_tasks
 from tiny import text_model
 
 from goose_mm.config import BackboneConfig, ConfigError, TextConfig, TextModel
@@ -362,12 +363,11 @@ def test_the_vocabulary_is_closed_and_a_file_cannot_open_it(tokenizer, tmp_path)
 # --- lm-evaluation-harness ----------------------------------------------------------------------
 
 
+@lm_eval
 def test_hflm_scores_what_our_plug_in_scores(lm, model, tokenizer, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm_eval==0.4.13")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from test_eval_plugins import text_tasks
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tasks = text_tasks(tmp_path)

@@ -7,7 +7,7 @@ import torch
 
 from goose_mm.config import BackboneConfig, ConfigError, from_dict
 from goose_mm.lab.baselines import SequenceModel, diagonal_scan, rotate
-from goose_mm.lab.experiment import Experiment, compare, draw, run, scores
+from goose_mm.lab.experiment import Experiment, compare, draw, first_length, run, scores
 
 SMALL = BackboneConfig(dim=16, num_layers=2, head_size=8, a_max=2.0)
 MIXERS = ["rwkv7", "transformer", "diagonal"]
@@ -149,3 +149,13 @@ def test_workers_change_nothing_but_the_time(tmp_path):
         for n in (1, 2)
     )
     assert one == two
+
+
+def test_training_starts_with_the_shortest_texts_a_task_has():
+    generator = torch.Generator().manual_seed(0)
+    for task, wanted in (("recall", 8), ("selective_copying", 64)):
+        e = from_dict(Experiment, {"task": task, "length": 128})
+        _, texts = e.build(torch.device("cpu"))
+        before = generator.get_state()
+        assert first_length(texts, e, generator) == wanted
+        assert torch.equal(generator.get_state(), before)

@@ -246,7 +246,13 @@ def _held(sound: dict[str, Any], clip: Clip) -> Path | bytes:
     """An undecoded `Audio` of `datasets`: bytes, or else the path of a file."""
     if sound["bytes"] is not None:
         return sound["bytes"]
-    file = clip.file.parent / (sound["path"] or "")
+    folder = clip.file.parent.resolve()
+    file = (folder / (sound["path"] or "")).resolve()
+    if not file.is_relative_to(folder):
+        raise ValueError(
+            f"{clip.name} in {clip.file} is said to lie at {file}, outside of {folder}; put the "
+            "sounds beside the table, or their bytes into it"
+        )
     if not file.is_file():
         raise ValueError(f"{clip.name} in {clip.file} has neither bytes nor a file at {file}")
     return file

@@ -67,44 +67,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def run_forward(
-    inputs: tuple[Tensor, ...],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    direction: str,
-    kernel: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y `[D, B, T, H, N]`, last states `[D, S, H, N, N]`, saved states `[D, K, B, H, N, N]`."""
-    offsets = kernel_offsets(kernel, cu_seqlens, inputs[0].shape[1])
-    with without_autocast(inputs[0].device):
-        return KERNELS[kernel].forward(inputs, state, offsets, REVERSE[direction], save)
-
-
-def run_backward(
-    inputs: tuple[Tensor, ...],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    saved: Tensor,
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    direction: str,
-    kernel: str,
-) -> list[Tensor]:
-    """Gradients of the six inputs and of the initial states."""
-    offsets = kernel_offsets(kernel, cu_seqlens, inputs[0].shape[1])
-    with without_autocast(inputs[0].device):
-        grads, first = KERNELS[kernel].backward(
-            inputs, state, offsets, REVERSE[direction], saved, dy, dlast
-        )
-    return [*grads, first]
-
-
-@torch.library.custom_op(
-    "goose_mm::wkv7_forward",
-    mutates_args=(),
-    schema=f"({INPUTS}, str direction, str kernel, bool save) -> (Tensor, Tensor, Tensor)",
-)
-def wkv7_forward(
     r: Tensor,
     log_w: Tensor,
     k: Tensor,
@@ -118,8 +80,48 @@ def wkv7_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y `[D, B, T, H, N]`, last states `[D, S, H, N, N]`, saved states `[D, K, B, H, N, N]`."""
-    inputs = (r, log_w, k, v, kappa, a)
-    return run_forward(inputs, state, cu_seqlens, direction, kernel, save)
+    inputs, offsets = (r, log_w, k, v, kappa, a), kernel_offsets(kernel, cu_seqlens, r.shape[1])
+    with without_autocast(r.device):
+        return KERNELS[kernel].forward(inputs, state, offsets, REVERSE[direction], save)
+
+
+def run_backward(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kappa: Tensor,
+    a: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved: Tensor,
+    dy: Tensor | None,
+    dlast: Tensor | None,
+    direction: str,
+    kernel: str,
+) -> list[Tensor]:
+    """Gradients of the six inputs and of the initial states."""
+    inputs, offsets = (r, log_w, k, v, kappa, a), kernel_offsets(kernel, cu_seqlens, r.shape[1])
+    with without_autocast(r.device):
+        grads, first = KERNELS[kernel].backward(
+            inputs, state, offsets, REVERSE[direction], saved, dy, dlast
+        )
+    return [*grads, first]
+
+
+wkv7_forward = torch.library.custom_op(
+    "goose_mm::wkv7_forward",
+    run_forward,
+    mutates_args=(),
+    schema=f"({INPUTS}, str direction, str kernel, bool save) -> (Tensor, Tensor, Tensor)",
+)
+wkv7_backward = torch.library.custom_op(
+    "goose_mm::wkv7_backward",
+    run_backward,
+    mutates_args=(),
+    schema=f"({INPUTS}, Tensor saved, Tensor? dy, Tensor? dlast, str direction, str kernel)"
+    " -> Tensor[]",
+)
 
 
 @wkv7_forward.register_fake
@@ -131,32 +133,6 @@ def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
         r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype)),
         KERNELS[kernel].empty_saved(r, D, save),
     )
-
-
-@torch.library.custom_op(
-    "goose_mm::wkv7_backward",
-    mutates_args=(),
-    schema=f"({INPUTS}, Tensor saved, Tensor? dy, Tensor? dlast, str direction, str kernel)"
-    " -> Tensor[]",
-)
-def wkv7_backward(
-    r: Tensor,
-    log_w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kappa: Tensor,
-    a: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    saved: Tensor,
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    direction: str,
-    kernel: str,
-) -> list[Tensor]:
-    """Gradients of the six inputs and of the initial states."""
-    inputs = (r, log_w, k, v, kappa, a)
-    return run_backward(inputs, state, cu_seqlens, saved, dy, dlast, direction, kernel)
 
 
 @wkv7_backward.register_fake
@@ -185,15 +161,14 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, state, cu_seqlens, direction, kernel, save = arguments
-        y, last, saved = run_forward(tuple(inputs), state, cu_seqlens, direction, kernel, save)
+        y, last, saved = run_forward(*arguments)
         save_for_backward(ctx, arguments, (y, last, saved))
         return y, last
 
     @staticmethod
     def backward(ctx, *given):
         dy, dlast = given
-        return gradients(ctx, dy, dlast, lambda *x: run_backward(x[:6], *x[6:]))
+        return gradients(ctx, dy, dlast, run_backward)
 
 
 def gradients(

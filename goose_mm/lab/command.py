@@ -46,10 +46,9 @@ def learn(
     from goose_mm.lab.experiment import compare
 
     options = {"generators": "swaps"} if swaps else {}
-    shortest = 64 if task == "selective_copying" else 8  # it copies 16 tokens
     what = {
         "task": task, "options": options, "steps": steps, "length": length, "dim": dim,
-        "batch_size": batch_size, "lr": lr, "start_length": min(shortest, length),
+        "batch_size": batch_size, "lr": lr, "start_length": min(8, length),
     }  # fmt: skip
     running = {"device": usable_device(device), "workers": workers, "max_minutes": max_minutes}
     compare(what, out, layers=layers, **running)

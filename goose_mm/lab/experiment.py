@@ -48,9 +48,9 @@ MIXERS: tuple[tuple[Mixer, float], ...] = (
 class Experiment:
     """A task, a model, and how the one learns the other.
 
-    Training starts on texts of `start_length` and doubles it whenever the accuracy reaches
-    `grow_at`; by half of the steps every run has come to `length`. A tenth of the steps after it
-    is solved there, training ends.
+    Training starts on texts of `start_length`, or the first doubling of it for which the task has
+    texts, and doubles that whenever the accuracy reaches `grow_at`; by half of the steps every run
+    has come to `length`. A tenth of the steps after it is solved there, training ends.
     """
 
     task: str = "S5"  # a group (see groups.group) or one of sequence.TASKS
@@ -157,7 +157,8 @@ def fit(
     parameters = dict(model.named_parameters())
     optimizer = build_optimizer(parameters, config)
     generator = torch.Generator(place).manual_seed(seed)
-    began, length, last, step, progress = time.monotonic(), e.start_length, e.steps, 0, 0.0
+    began, last, step, progress = time.monotonic(), e.steps, 0, 0.0
+    length = first_length(task, e, generator)
     seen: list[dict[str, Tensor]] = []
 
     def batches() -> Iterator[dict[str, Tensor]]:
@@ -183,6 +184,19 @@ def fit(
             grown = 2 * length if mean["accuracy"] >= e.grow_at else length
             length = min(e.length, max(grown, e.shortest(progress)))
     return step
+
+
+def first_length(task: Task, e: Experiment, generator: torch.Generator) -> int:
+    """What training starts with."""
+    length = e.start_length
+    while length < e.length:
+        try:
+            task(1, length, generator.clone_state())
+        except ValueError:  # too short for it
+            length *= 2
+        else:
+            break
+    return length
 
 
 @torch.no_grad()

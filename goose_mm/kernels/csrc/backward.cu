@@ -291,8 +291,8 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         }
 #pragma unroll
         for (int i = 0; i < N / 16; i++) multiply_add(product, to[i], from[i]);
-        store_lower(back.dscores[which], product[0], 0, which < 2 ? 0 : 1, 1, l);
-        store_lower(back.dscores[which], product[1], 8, which < 2 ? 0 : 1, 1, l);
+        store_lower(back.dscores[which], product[0], 0, which < 2 ? 0 : 1, l);
+        store_lower(back.dscores[which], product[1], 8, which < 2 ? 0 : 1, l);
       }
 
       // From here on two warps share 16 keys: one is in charge of the reads, R and A, the other of the keys, K and E.

@@ -124,13 +124,13 @@ DEVICE void prepare(Chunk& chunk, const IO (&inputs)[tensors][Q * N], const floa
   store_split<E_rest_at>(E_rest, token, col, E - E_held);
 }
 
-// sign * x [16, 8 from `first`], what lies at least `below` rows below the diagonal; zeros above.
-DEVICE void store_lower(f16* to, const float (&x)[4], int first, int below, float sign, const Lane& l) {
+// x [16, 8 from `first`], what lies at least `below` rows below the diagonal; zeros above.
+DEVICE void store_lower(f16* to, const float (&x)[4], int first, int below, const Lane& l) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int row = l.group + 8 * half, col = first + l.pair, edge = row - below;
     const float* two = x + 2 * half;
-    store_pair(to + square_at(row, col), col <= edge ? sign * two[0] : 0, col < edge ? sign * two[1] : 0);
+    store_pair(to + square_at(row, col), col <= edge ? two[0] : 0, col < edge ? two[1] : 0);
   }
 }
 
@@ -149,8 +149,8 @@ DEVICE void relate(const Chunk& chunk, Squares& squares, float* ae, const Lane& 
     multiply_add(product, a, b);
   }
   if (warp < 3) {
-    store_lower(squares[warp], product[0], 0, warp < 2 ? 0 : 1, 1, l);
-    store_lower(squares[warp], product[1], 8, warp < 2 ? 0 : 1, 1, l);
+    store_lower(squares[warp], product[0], 0, warp < 2 ? 0 : 1, l);
+    store_lower(squares[warp], product[1], 8, warp < 2 ? 0 : 1, l);
     return;
   }
 #pragma unroll
