@@ -3,11 +3,13 @@
     python benchmarks/wkv7.py                # a CUDA device; peers that are installed take part
     python benchmarks/wkv7.py --quick        # one small shape, writes nothing
     python benchmarks/wkv7.py --only goose_mm --out FILE
+    python benchmarks/wkv7.py --minutes 10   # for each of them, compiling and tuning included
 
 Peers: fla-core (with chunks of 16, and with the settings of its own layer), rwkv-ops (with keras),
 flashrwkv2. No speed without correctness: y, the last state and all gradients are first compared
 with float64, and a kernel that is off by more than TOLERANCE is not timed. Inputs are brought into
 a peer's form before its time is taken, the L2 cache is flushed before every run, medians count.
+One after the other, each in a process of its own: what hangs or crashes takes only itself along.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from datetime import date
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +31,7 @@ import torch
 from torch import Tensor
 from wkv7_cpu import commit
 
-from goose_mm.kernels import available_kernels, wkv7
+from goose_mm.kernels import wkv7
 
 RESULTS = Path(__file__).parent / "results" / "wkv7_gpu.json"
 TOLERANCE = 1e-2  # of the norm: peers with bfloat16 operands reach 5e-3
@@ -92,27 +97,15 @@ def flashrwkv2() -> Contender:
     return Contender(prepare, run)
 
 
-def contenders() -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that can run here, and why the others cannot."""
-    layer = {"safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}
-    makers: dict[str, Callable[[], Contender]] = {
-        **{f"goose_mm {name}": lambda name=name: ours(name) for name in ("cuda", "triton")},
-        "fla-core, chunks of 16": lambda: fla(chunk_size=16),
-        "fla-core, as its layer": lambda: fla(**layer),
-        "rwkv-ops cuda": rwkv_ops,
-        "flashrwkv2": flashrwkv2,
-    }
-    found, absent = {}, {}
-    for name, create in makers.items():
-        kernel = name.removeprefix("goose_mm ")
-        if reason := available_kernels().get(kernel, ""):
-            absent[name] = reason
-            continue
-        try:
-            found[name] = create()
-        except Exception as error:  # peers fail to import in many ways
-            absent[name] = f"{type(error).__name__}: {error}"
-    return found, absent
+LAYER = {"safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}
+CONTENDERS: dict[str, Callable[[], Contender]] = {
+    "goose_mm cuda": lambda: ours("cuda"),
+    "goose_mm triton": lambda: ours("triton"),
+    "fla-core, chunks of 16": lambda: fla(chunk_size=16),
+    "rwkv-ops cuda": rwkv_ops,
+    "flashrwkv2": flashrwkv2,
+    "fla-core, as its layer": lambda: fla(**LAYER),
+}
 
 
 def training(run: Callable, inputs: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
@@ -192,19 +185,56 @@ def rates() -> dict[str, float]:
     return {"copy_bytes_per_ms": copy, "product_flop_per_ms": product}
 
 
+def examine(name: str, shapes: list[tuple[int, int, int]], results: Connection) -> None:
+    """Sends ("errors", ...), then (shape, times) for each shape, or ("absent", why it has none)."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        contender = CONTENDERS[name]()
+        off = errors(contender)
+        results.send(("errors", off))
+        worst = max(off.values())
+        if not worst <= TOLERANCE:
+            raise ValueError(f"off by {worst:.1e} of the norm")
+        for shape in shapes:
+            results.send((shape, measure(contender, shape)))
+    except Exception as error:  # peers fail in many ways
+        results.send(("absent", f"{type(error).__name__}: {error}"[:300]))
+
+
+def answers(
+    name: str, shapes: list[tuple[int, int, int]], minutes: float
+) -> Iterator[tuple[Any, Any]]:
+    """What `examine` sends, until it is done or its time is over."""
+    spawn = get_context("spawn")
+    here, there = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=examine, args=(name, shapes, there))
+    process.start()
+    there.close()
+    end = time.monotonic() + 60 * minutes
+    while here.poll(max(0, end - time.monotonic())):
+        try:
+            yield here.recv()
+        except EOFError:
+            break
+    else:
+        yield "absent", f"not done after {minutes:g} minutes"
+    process.kill()
+    process.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small shape, nothing written")
     parser.add_argument("--only", nargs="+", default=[""], help="whose name has one of these")
+    parser.add_argument("--minutes", type=float, default=5, help="at most, for each of them")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured", file=sys.stderr)
         return
-    torch.backends.cuda.matmul.allow_tf32 = True
     speeds = rates()
-    found, absent = contenders()
-    found = {k: v for k, v in found.items() if any(part in k for part in options.only)}
+    shapes = SHAPES[-1:] if options.quick else SHAPES
+    rows = {shape: "B{} T{} H{}".format(*shape) for shape in shapes}
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "commit": commit(),
@@ -212,31 +242,24 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "dtype": "bfloat16, N 64",
         **speeds,
-        "absent": absent,
+        "absent": {},
         "errors": {},
-        "shapes": {},
+        "shapes": {
+            row: {"floor": floors(shape, speeds["copy_bytes_per_ms"])}
+            for shape, row in rows.items()
+        },
     }
-    shapes = SHAPES[-1:] if options.quick else SHAPES
-    rows = {shape: "B{} T{} H{}".format(*shape) for shape in shapes}
-    report["shapes"] = {
-        row: {"floor": floors(shape, speeds["copy_bytes_per_ms"])} for shape, row in rows.items()
-    }
-    for name, contender in found.items():
-        try:
-            report["errors"][name] = errors(contender)
-            worst = max(report["errors"][name].values())
-            print(f"{name}: worst error {worst:.1e}", file=sys.stderr)
-            if not worst <= TOLERANCE:
-                report["absent"][name] = f"not timed: off by {worst:.1e} of the norm"
-                continue
-            for shape, row in rows.items():
-                times = report["shapes"][row][name] = measure(contender, shape)
-                told = {k: v["median"] if isinstance(v, dict) else v for k, v in times.items()}
-                print(shape, name, told, file=sys.stderr, flush=True)
-                if not options.quick:  # as it goes: a later one may not come back
-                    write(report, options.out)
-        except Exception as error:  # peers fail in many ways
-            report["absent"][name] = f"{type(error).__name__}: {error}"[:300]
+    for name in CONTENDERS:
+        if not any(part in name for part in options.only):
+            continue
+        for what, found in answers(name, shapes, options.minutes):
+            if what in ("errors", "absent"):
+                report[what][name] = found
+            else:
+                report["shapes"][rows[what]][name] = found
+            print(name, what, found, file=sys.stderr, flush=True)
+            if not options.quick:  # as it goes: a later one may not come back
+                write(report, options.out)
 
 
 def write(report: dict[str, Any], out: Path) -> None:

@@ -87,7 +87,12 @@ def places(row, first, length, chunk, head, reverse, T, H, N: tl.constexpr, Q: t
 @triton.jit
 @no_type_check
 def read(x, at, inside):
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    """Numbers as they are stored. All loads come first, and `.to(tl.float32)` where one is used:
+
+    Triton puts a change of layout at the `.to`, or else at the load, behind a barrier that any
+    later load would have to wait for.
+    """
+    return tl.load(x + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -103,6 +108,15 @@ def running(log_w, Q: tl.constexpr, TYPE: tl.constexpr):
     """g - h: running sums of [Q, N], less half of the total."""
     later = tl.arange(0, Q)[:, None] < tl.arange(0, Q)[None, :]
     return dot(tl.where(later, -0.5, 0.5), log_w, TYPE)
+
+
+@triton.jit
+@no_type_check
+def total(which, x):
+    """which @ x, of zeros and ones and of float32: x in two parts, as tf32 cuts off 13 bits."""
+    coarse = (x.to(tl.int32, bitcast=True) >> 13 << 13).to(tl.float32, bitcast=True)
+    sums = tl.dot(which, coarse, input_precision="tf32")
+    return tl.dot(which, x - coarse, sums, input_precision="tf32")
 
 
 @triton.jit

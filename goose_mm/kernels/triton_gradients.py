@@ -29,6 +29,7 @@ from goose_mm.kernels.triton_chunk import (
     size_of_chunk,
     square,
     tile,
+    total,
 )
 
 
@@ -82,37 +83,46 @@ def gradients(
         made = chunks + slot * size_of_chunk(N, Q)
         keys = tl.arange(0, N)
 
+        P = tl.load(dsaved + slot * N * N + matrix(N, N))
+        scale = tl.load(scales + slot * N + keys)
+        dY = read(dy, of, inside)
+        found = read(kappa, at, inside)
+        rate = read(a, at, inside)
+        R = read(r, at, inside)
+        K = read(k, at, inside)
+        # undefined outside until `where`: with zeros from the start their layouts would change here
+        V = tl.load(v + at, mask=inside)
+        decay = tl.load(log_w + at, mask=inside)
+        W = tl.load(tile(made, 0, N, Q))
+        XU = tl.load(square(made, 0, N, Q))
+        XU_t = tl.load(tl.trans(square(made, 0, N, Q)))
+        XY_t = tl.load(tl.trans(square(made, 1, N, Q)))
+        X_t = tl.load(tl.trans(square(made, 2, N, Q)))
+        reX_t = tl.load(tl.trans(square(made, 3, N, Q)))
         S0 = tl.load(saved + (before * H + head) * N * N + matrix(N, N), mask=chunk > 0, other=0.0)
+
         if state is not None and chunk == 0:
             start = tl.load(state + ((d * sequences + s) * H + head) * N * N + matrix(N, N))
             S0 = (start * tl.load(decays + slot * N + keys)[None, :]).to(TYPE)
-        scale = tl.load(scales + slot * N + keys)
         up, down = powers(tl.max(scale))
-        P = tl.load(dsaved + slot * N * N + matrix(N, N)) * (scale * down).to(TYPE)[:, None]
-        carry = tl.sum(S0.to(tl.float32) * P.to(tl.float32), 0)  # of the decay, by the state's end
-        V = read(v, at, inside).to(TYPE)
-        dY = (read(dy, of, inside) * down).to(TYPE)
-        decay = read(log_w, at, inside)
+        P *= (scale * down).to(TYPE)[:, None]
+        dY = (dY.to(tl.float32) * down).to(TYPE)
+        V = tl.where(inside, V, 0.0).to(TYPE)
+        decay = tl.where(inside, decay, 0.0).to(tl.float32)
+        found, rate = found.to(tl.float32), rate.to(tl.float32)
         g = running(decay, Q, tl.float32 if log_w.dtype.element_ty == tl.float32 else tl.float16)
         grow = exp(g)
         shrink = exp(-g)
         removal = exp(g - decay)
-        found = read(kappa, at, inside)
-        rate = read(a, at, inside)
-        R = (read(r, at, inside) * grow).to(TYPE)
-        A = (-found * removal).to(TYPE)
-        K = (read(k, at, inside) * shrink).to(TYPE)
+        R = (R.to(tl.float32) * grow).to(TYPE)
+        A = (found * -removal).to(TYPE)
+        K = (K.to(tl.float32) * shrink).to(TYPE)
         E = (found * shrink * rate).to(TYPE)
-        W = tl.load(tile(made, 0, N, Q))
-        XU = tl.load(square(made, 0, N, Q))
-        XY = tl.load(square(made, 1, N, Q))
-        X = tl.load(square(made, 2, N, Q))
-        reX = tl.load(square(made, 3, N, Q))
 
         U = (dot(W, tl.trans(S0), TYPE) + dot(XU, V, TYPE)).to(TYPE)
         dU = dot(E, tl.trans(P), TYPE).to(TYPE)  # from the state alone
-        dZ = (dot(tl.trans(X), dU, TYPE) + dot(tl.trans(reX), dY, TYPE)).to(TYPE)
-        dV = dot(K, tl.trans(P), TYPE) + dot(tl.trans(XU), dU, TYPE) + dot(tl.trans(XY), dY, TYPE)
+        dZ = (dot(X_t, dU, TYPE) + dot(reX_t, dY, TYPE)).to(TYPE)
+        dV = dot(K, tl.trans(P), TYPE) + dot(XU_t, dU, TYPE) + dot(XY_t, dY, TYPE)
         tl.store(dv + of, dV * up, mask=inside)
 
         i = tl.arange(0, Q)[:, None]
@@ -130,12 +140,13 @@ def gradients(
         dA = dot(dZ, S0, TYPE) + dot(dae, E, TYPE) + dot(dak, K, TYPE)
 
         own = R * dR - K * dK - E * dE
-        both = own + A * dA
-        carry += tl.sum(both + kept, 0)
-        dg = own - tl.cumsum(both, 0) + carry[None, :]
+        dg = own + total(tl.where(i < j, 1.0, 0.0), own + A * dA)  # by this token and later ones
+        dg += tl.sum(kept, 0)[None, :]  # by the state's end
+        dg += dot(tl.full([Q, N], 2.0, TYPE), S0 * (P * 0.5), TYPE)  # P is at most 2
         tl.store(dlog_w + of, dg * up, mask=inside)
         tl.store(dr + of, dR * grow * up, mask=inside)
-        tl.store(dk + of, dK * shrink * up, mask=inside)
-        dE *= shrink * up
+        shrink *= up
+        tl.store(dk + of, dK * shrink, mask=inside)
+        dE *= shrink
         tl.store(dkappa + of, rate * dE - dA * removal * up, mask=inside)
         tl.store(da + of, found * dE, mask=inside)

@@ -65,17 +65,20 @@ def prepare(
     if chunk * Q < length:
         at, inside = places(row, first, length, chunk, head, d + REVERSE == 1, T, H, N, Q)
         at += tl.arange(0, N)[None, :]
-        decay = read(log_w, at, inside)
+        R = read(r, at, inside)
+        K = read(k, at, inside)
+        rate = read(a, at, inside)
+        found = read(kappa, at, inside).to(tl.float32)
+        decay = read(log_w, at, inside).to(tl.float32)
         if tl.min(decay) < LOWEST:
             tl.store(fits, 0)
         g = running(decay, Q, tl.float32 if log_w.dtype.element_ty == tl.float32 else tl.float16)
         grow = exp(g)
         shrink = exp(-g)
-        found = read(kappa, at, inside)
-        R = (read(r, at, inside) * grow).to(TYPE)
-        A = (-found * exp(g - decay)).to(TYPE)
-        K = (read(k, at, inside) * shrink).to(TYPE)
-        E = (found * shrink * read(a, at, inside)).to(TYPE)
+        R = (R.to(tl.float32) * grow).to(TYPE)
+        A = (found * -exp(g - decay)).to(TYPE)
+        K = (K.to(tl.float32) * shrink).to(TYPE)
+        E = (found * shrink * rate.to(tl.float32)).to(TYPE)
 
         i = tl.arange(0, Q)[:, None]
         j = tl.arange(0, Q)[None, :]
