@@ -73,6 +73,8 @@ def test_pauses_leave_the_model_time():
     assert torch.equal(targets[:, 3::4], running_products(group("S3").table, ids[:, ::4]))
     with pytest.raises(ValueError, match="multiple of 4"):
         task(4, 18, seeded())
+    with pytest.raises(ValueError, match="give 0 or more"):
+        Words("S3", CPU, pause=-1)
 
 
 def test_words_follow_from_the_seed_and_use_all_letters():

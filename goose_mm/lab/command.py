@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -16,6 +16,7 @@ def learn(
     out: Path,
     layers: tuple[int, ...] = (1, 2),
     swaps: bool = False,
+    pause: int = 0,
     steps: int = 10_000,
     length: int = 64,
     dim: int = 128,
@@ -33,6 +34,7 @@ def learn(
         out: Folder of the results.
         layers: How many; each is a model.
         swaps: Only swaps of two as tokens, instead of every element of the group.
+        pause: Silent tokens after each element of a group, which give a layer more steps for it.
         steps: At most, of each model.
         length: Tokens of the longest training texts; twice and four times that is tested.
         dim: Width of the models.
@@ -45,10 +47,15 @@ def learn(
     from goose_mm.hub import usable_device
     from goose_mm.lab.experiment import compare
 
-    options = {"generators": "swaps"} if swaps else {}
+    options: dict[str, Any] = {"generators": "swaps"} if swaps else {}
+    if pause:
+        options["pause"] = pause
+    start_length, stride = length, max(pause, 0) + 1
+    while start_length >= 16 and start_length % (2 * stride) == 0:
+        start_length //= 2
     what = {
         "task": task, "options": options, "steps": steps, "length": length, "dim": dim,
-        "batch_size": batch_size, "lr": lr, "start_length": min(8, length),
+        "batch_size": batch_size, "lr": lr, "start_length": start_length,
     }  # fmt: skip
     running = {"device": usable_device(device), "workers": workers, "max_minutes": max_minutes}
     compare(what, out, layers=layers, **running)

@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from goose_mm.config import BackboneConfig, ConfigError, TrainConfig, from_dict
 from goose_mm.lab.baselines import Mixer, SequenceModel
-from goose_mm.lab.groups import Words
+from goose_mm.lab.groups import Words, group
 from goose_mm.lab.sequence import TASKS, Texts
 from goose_mm.train.log import Log
 from goose_mm.train.loop import accumulate
@@ -88,9 +88,10 @@ class Experiment:
             task = Texts(self.task, **self.options)
         else:
             try:
-                task = Words(self.task, device, **self.options)
+                group(self.task)
             except ValueError as error:
                 raise ConfigError(f"{error}; or a task: {', '.join(TASKS)}") from None
+            task = Words(self.task, device, **self.options)
         backbone = BackboneConfig(
             dim=self.dim, num_layers=self.layers, head_size=self.head_size, a_max=self.a_max
         )

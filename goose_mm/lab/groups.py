@@ -102,6 +102,8 @@ class Words:
     def __init__(
         self, name: str, device: torch.device, *, generators: str = "all", pause: int = 0
     ) -> None:
+        if pause < 0:
+            raise ValueError(f"pause={pause} tokens; give 0 or more")
         chosen = group(name)
         self.pause, self.silence = pause, chosen.order
         self.vocab_size = chosen.order + (pause > 0)
