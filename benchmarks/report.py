@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = sorted(RESULTS.glob("wkv7_gpu/*.json"))  # on a GPU each
 CARDS = ROOT / "goose_mm" / "pretrained"
 EXAMS = {
     "seen": "new scenes, seen styles",
@@ -70,8 +71,9 @@ def families(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n\nExact match; in brackets the best answer without looking."
 
 
-def kernels(results: dict[str, Any]) -> str:
+def kernels(file: Path) -> str:
     """Milliseconds of every kernel that took part, by shape, and what it was held against."""
+    results = json.loads(file.read_text())
     names = [name for name in results["errors"] if name not in results["absent"]]
     lines = [
         "| shape | | " + " | ".join([*names, "memory floor"]) + " |",
@@ -93,7 +95,8 @@ def kernels(results: dict[str, Any]) -> str:
         "at the measured bandwidth of a copy."
     )
     absent = "".join(f" {name} did not run: {why}." for name, why in results["absent"].items())
-    return "\n".join(lines) + f"\n\n{about}{absent}\n\n![forward + backward](kernels.svg)"
+    figure = f"![forward + backward](kernels_{file.stem}.svg)"
+    return "\n".join(lines) + f"\n\n{about}{absent}\n\n{figure}"
 
 
 def times(row: dict[str, Any], key: str) -> str:
@@ -102,11 +105,12 @@ def times(row: dict[str, Any], key: str) -> str:
     return f"{row[key]['median']:.2f}" + (f" ({replayed['median']:.2f})" if replayed else "")
 
 
-def draw_kernels(results: dict[str, Any], file: Path) -> None:
+def draw_kernels(file: Path) -> None:
     """Forward and backward of every kernel, by shape."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    results = json.loads(file.read_text())
     names = [name for name in results["errors"] if name not in results["absent"]]
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.add_subplot()
@@ -120,7 +124,8 @@ def draw_kernels(results: dict[str, Any], file: Path) -> None:
     axes.set_yscale("log")
     axes.legend(fontsize="small")
     with rc_context({"svg.hashsalt": "goose_mm"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        to = ROOT / "docs" / f"kernels_{file.stem}.svg"
+        figure.savefig(to, format="svg", metadata={"Date": None})
 
 
 def evaluations(reports: list[dict[str, Any]]) -> str:
@@ -135,12 +140,20 @@ def evaluations(reports: list[dict[str, Any]]) -> str:
             f"| {settings['task']} | {settings['model']} | {report['measure']} "
             f"| {report['score']:.4g} | {span} | {beside} |"
         )
+        told = (
+            f"{name} {'not measured' if value is None else f'{value:.4g}'}"
+            for name, value in report["scores"].items()
+        )
+        details.append(f"- {settings['task']}, scores: {', '.join(told)}.")
         for kind, types in report["types"].items():
             parts = ", ".join(f"{name} {value:.4g} ({n})" for name, (value, n) in types.items())
             details.append(f"- {settings['task']}, {kind}: {parts}.")
-        told = ", ".join(f"{k} `{v}`" for k, v in settings.items() if k not in ("task", "model"))
+        chosen = {k: str(v).replace("\n", "\\n") for k, v in settings.items()}
+        told = (f"{k} `{v}`" for k, v in chosen.items() if k not in ("task", "model"))
         cost = f"{report['cost']['seconds']} s, {report['cost']['peak_gib']} GiB"
-        details.append(f"- {settings['task']}, settings: {told}; {cost}, {report['hardware']}.")
+        details.append(
+            f"- {settings['task']}, settings: {', '.join(told)}; {cost}, {report['hardware']}."
+        )
     return "\n".join([*lines, "", *details])
 
 
@@ -161,13 +174,12 @@ def pages() -> dict[Path, str]:
     tables[CARDS / "goose-tiny-vision" / "README.md"] = families(results)
     reports = [json.loads(f.read_text()) for f in sorted(RESULTS.glob("evaluations/*.json"))]
     tables[ROOT / "docs" / "evaluation.md"] = evaluations(reports)
-    if (gpu := RESULTS / "wkv7_gpu.json").exists():
-        tables[ROOT / "docs" / "kernels.md"] = kernels(json.loads(gpu.read_text()))
+    tables[ROOT / "docs" / "kernels.md"] = "\n\n".join(map(kernels, MEASURED))
     return {page: filled(page.read_text(), table) for page, table in tables.items()}
 
 
 if __name__ == "__main__":
     for page, text in pages().items():
         page.write_text(text)
-    if (gpu := RESULTS / "wkv7_gpu.json").exists():
-        draw_kernels(json.loads(gpu.read_text()), ROOT / "docs" / "kernels.svg")
+    for file in MEASURED:
+        draw_kernels(file)

@@ -1,4 +1,4 @@
-"""Our GPU kernels beside their peers; writes results/wkv7_gpu.json.
+"""Our GPU kernels beside their peers; writes results/wkv7_gpu/DEVICE.json.
 
     python benchmarks/wkv7.py                # a CUDA device; peers that are installed take part
     python benchmarks/wkv7.py --quick        # one small shape, writes nothing
@@ -33,7 +33,7 @@ from wkv7_cpu import commit
 
 from goose_mm.kernels import wkv7
 
-RESULTS = Path(__file__).parent / "results" / "wkv7_gpu.json"
+RESULTS = Path(__file__).parent / "results" / "wkv7_gpu"
 TOLERANCE = 1e-2  # of the norm: peers with bfloat16 operands reach 5e-3
 SHAPES = [(8, 4096, 32), (8, 4096, 12), (4, 1024, 32), (64, 512, 12)]  # B, T, H; N = 64
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
@@ -134,7 +134,7 @@ def milliseconds(run: Callable[[], object]) -> dict[str, float]:
     return {"median": round(median, 4), "p20": round(low, 4), "p80": round(high, 4)}
 
 
-def replayed(run: Callable[[], object]) -> dict[str, float] | None:
+def replayed(run: Callable[[], tuple[Tensor, ...]]) -> dict[str, float] | None:
     """As a CUDA graph, without what the host takes for a call; None if it cannot be captured."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     try:
@@ -142,8 +142,13 @@ def replayed(run: Callable[[], object]) -> dict[str, float] | None:
             run(), run()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            run()
+            results = run()
     except RuntimeError:
+        return None
+    for x in results:
+        x.fill_(torch.nan)
+    graph.replay()
+    if any(x.isnan().any() for x in results):  # what ran on another stream is not in the graph
         return None
     return milliseconds(graph.replay)
 
@@ -227,18 +232,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small shape, nothing written")
     parser.add_argument("--only", nargs="+", default=[""], help="whose name has one of these")
     parser.add_argument("--minutes", type=float, default=5, help="at most, for each of them")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="instead of a file named after the device")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured", file=sys.stderr)
         return
+    device = torch.cuda.get_device_name()
+    out = options.out or RESULTS / f"{device.lower().replace(' ', '_')}.json"
     speeds = rates()
     shapes = SHAPES[-1:] if options.quick else SHAPES
     rows = {shape: "B{} T{} H{}".format(*shape) for shape in shapes}
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "commit": commit(),
-        "hardware": torch.cuda.get_device_name(),
+        "hardware": device,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "dtype": "bfloat16, N 64",
         **speeds,
@@ -259,7 +266,7 @@ def main() -> None:
                 report["shapes"][rows[what]][name] = found
             print(name, what, found, file=sys.stderr, flush=True)
             if not options.quick:  # as it goes: a later one may not come back
-                write(report, options.out)
+                write(report, out)
 
 
 def write(report: dict[str, Any], out: Path) -> None:
