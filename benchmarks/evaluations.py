@@ -1,6 +1,6 @@
 """Evaluates the shipped models with `goose-mm eval`; writes results/evaluations/*.json.
 
-    python benchmarks/evaluations.py --books BOOKS --stickers STICKERS --clips ESC10
+    python benchmarks/evaluations.py --books BOOKS --stickers STICKERS --clips ESC10 --clip-run RUN
 
 Each part is measured if its data are given, and keeps its last result otherwise. Layouts are those
 of layouts.py: unseen books as documents, LAMBADA and MMLU, scenes of examination, on none of which
@@ -94,8 +94,8 @@ def main(options: Options) -> None:
             model = ("--model", options.clip_run)
             examine("esc50", clips, f"esc10_fold{FOLD}", "--split", f"fold{FOLD}", *model)
             examine("audioset", work / "audioset", f"audioset_esc10_fold{FOLD}", *model)
-    if not (options.books or options.stickers or options.clips):
-        print("nothing measured: give --books, --stickers or --clips (see --help)")
+    if not (options.books or options.stickers or (options.clips and options.clip_run)):
+        print("nothing measured: give --books, --stickers, or --clips and --clip-run (see --help)")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,9 @@ def answers(
         try:
             yield here.recv()
         except EOFError:
+            process.join()
+            if process.exitcode:
+                yield "absent", f"ended with code {process.exitcode}"
             break
     else:
         yield "absent", f"not done after {minutes:g} minutes"
