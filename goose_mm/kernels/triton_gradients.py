@@ -142,7 +142,7 @@ def gradients(
         own = R * dR - K * dK - E * dE
         dg = own + total(tl.where(i < j, 1.0, 0.0), own + A * dA)  # by this token and later ones
         dg += tl.sum(kept, 0)[None, :]  # by the state's end
-        dg += dot(tl.full([Q, N], 2.0, TYPE), S0 * (P * 0.5), TYPE)  # P is at most 2
+        dg += dot(tl.full([Q, N], 2.0, TYPE), S0 * (P * 0.5), TYPE)  # P is below 2: this fits
         tl.store(dlog_w + of, dg * up, mask=inside)
         tl.store(dr + of, dR * grow * up, mask=inside)
         shrink *= up
