@@ -171,11 +171,24 @@ def measure(contender: Contender, shape: tuple[int, int, int]) -> dict[str, Any]
     return found | {"extra_gib": round(extra, 3)}
 
 
-def floors(shape: tuple[int, int, int], copy: float) -> dict[str, float]:
-    """Milliseconds to move what must be moved, at the measured bandwidth of a copy [bytes/ms]."""
+def floors(shape: tuple[int, int, int], rates: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Milliseconds to move what must be moved, and to multiply what chunks of 16 multiply.
+
+    Bytes: 6 inputs, y; for the gradients the inputs and dy once more, 6 gradients. FLOP of a token
+    and head: 16 Q N + 8 N^2 forward, 48 Q N + 18 N^2 backward (scores, triangles, states).
+    """
     B, T, H = shape
-    unit = B * T * H * 64 * 2
-    return {"forward": round(7 * unit / copy, 4), "training": round(20 * unit / copy, 4)}
+    Q, N = 16, 64
+    heads, tensor = B * T * H, B * T * H * N * 2 / rates["copy_bytes_per_ms"]
+    forward, backward = 16 * Q * N + 8 * N**2, 48 * Q * N + 18 * N**2
+    flop = heads / rates["product_flop_per_ms"]
+    return {
+        "memory floor": {"forward": round(7 * tensor, 4), "training": round(20 * tensor, 4)},
+        "arithmetic floor": {
+            "forward": round(forward * flop, 4),
+            "training": round((forward + backward) * flop, 4),
+        },
+    }
 
 
 def rates() -> dict[str, float]:
@@ -254,10 +267,7 @@ def main() -> None:
         **speeds,
         "absent": {},
         "errors": {},
-        "shapes": {
-            row: {"floor": floors(shape, speeds["copy_bytes_per_ms"])}
-            for shape, row in rows.items()
-        },
+        "shapes": {row: floors(shape, speeds) for shape, row in rows.items()},
     }
     for name in CONTENDERS:
         if not any(part in name for part in options.only):
