@@ -129,7 +129,7 @@ def backward(
     r, *_ = inputs = of_one_type(inputs)
     B, T, H, N = r.shape
     D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
-    dy = r.new_zeros(D, B, T, H, N) if dy is None else dy.to(r.dtype).contiguous()
+    dy = r.new_zeros(D, B, T, H, N) if dy is None else cast(dy, r.dtype).contiguous()
     out = r.dtype if D == 1 else torch.float32
     shape = r.shape if D == 1 else (D, *r.shape)
     grads = [r.new_empty(shape, dtype=out) for _ in inputs]
@@ -141,12 +141,18 @@ def backward(
     )  # fmt: skip
     if D > 1:
         grads = [g.sum(0) for g in grads]
-    return [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)], first
+    return [cast(g, dtype) for g, dtype in zip(grads, dtypes, strict=True)], first
 
 
 def of_one_type(inputs: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous, and in the dtype of r."""
-    return [x.to(inputs[0].dtype).contiguous() for x in inputs]
+    dtype = inputs[0].dtype
+    return [cast(x, dtype).contiguous() for x in inputs]
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `x.to(dtype)`, which takes longer to find that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def as_float(state: Tensor | None) -> Tensor | None:
