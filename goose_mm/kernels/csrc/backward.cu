@@ -42,38 +42,6 @@ struct Shared {
 };
 static_assert(sizeof(float) * SUMS <= sizeof(f16) * N * N && 2 * WARPS * Q * 16 * sizeof(float) <= 4 * Q * N * sizeof(IO), "");
 
-template <int (*at)(int, int)> DEVICE void store_operand(f16* to, const u32 (&x)[4], int row, int col, const Lane& l) {
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    *(u32*)(to + at(row + l.group + 8 * (i & 1), col + 8 * (i >> 1)) + l.pair) = x[i];
-}
-
-template <int half> DEVICE void halve(float* x, bool upper, int mask) {
-#pragma unroll
-  for (int i = 0; i < half; i++) {
-    float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
-    x[i] = kept + shuffle_xor(sent, mask);
-  }
-}
-
-// Sum over the 16 values of a warp of P S0, for each of its keys.
-template <int J> DEVICE void sum_values(float* to, const float (&P)[J][4], const f16* S0, const Lane& l) {
-  float x[2 * J];
-#pragma unroll
-  for (int j = 0; j < J; j++) {
-    const f16* two = S0 + state_at(l.value + l.group, l.key + 8 * j) + l.pair;
-    float2 a = load_pair(two), b = load_pair(two + 8 * 16);
-    x[2 * j] = P[j][0] * a.x + P[j][2] * b.x;
-    x[2 * j + 1] = P[j][1] * a.y + P[j][3] * b.y;
-  }
-  // Each step halves what a lane is in charge of: group g keeps x[g * J / 4] and on.
-  halve<J>(x, l.lane & 16, 16);
-  halve<J / 2>(x, l.lane & 8, 8);
-  halve<J / 4>(x, l.lane & 4, 4);
-#pragma unroll
-  for (int i = 0; i < J / 4; i++) to[l.key + l.group * (J / 4) / 4 * 16 + l.four + (l.group * (J / 4) + i) % 4] = x[i];
-}
-
 KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
     const IO* r, const IO* log_w, const IO* k, const IO* v, const IO* kappa, const IO* a,
     const float* state,     // [D, S, H, N, N] or null

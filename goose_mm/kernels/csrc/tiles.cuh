@@ -136,6 +136,13 @@ DEVICE void as_operand(u32 (&s)[4], const float (&x)[2][4], float sign = 1) {
     s[i] = pack_f16(sign * x[i >> 1][2 * (i & 1)], sign * x[i >> 1][2 * (i & 1) + 1]);
 }
 
+// A left operand, written down as a matrix.
+template <int (*at)(int, int)> DEVICE void store_operand(f16* to, const u32 (&x)[4], int row, int col, const Lane& l) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    *(u32*)(to + at(row + l.group + 8 * (i & 1), col + 8 * (i >> 1)) + l.pair) = x[i];
+}
+
 // S [16 values, keys] += x [16 values, 16 tokens] y [16 tokens, N keys].
 template <int J> DEVICE void add_product(float (&S)[J][4], const u32 (&x)[4], const f16* y, const Lane& l) {
 #pragma unroll
@@ -145,4 +152,30 @@ template <int J> DEVICE void add_product(float (&S)[J][4], const u32 (&x)[4], co
     multiply_add(S[j], x, b[0], b[1]);
     multiply_add(S[j + 1], x, b[2], b[3]);
   }
+}
+
+template <int half> DEVICE void halve(float* x, bool upper, int mask) {
+#pragma unroll
+  for (int i = 0; i < half; i++) {
+    float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+    x[i] = kept + shuffle_xor(sent, mask);
+  }
+}
+
+// Sum over the 16 values of a warp of P S0, for each of its keys.
+template <int J> DEVICE void sum_values(float* to, const float (&P)[J][4], const f16* S0, const Lane& l) {
+  float x[2 * J];
+#pragma unroll
+  for (int j = 0; j < J; j++) {
+    const f16* two = S0 + state_at(l.value + l.group, l.key + 8 * j) + l.pair;
+    float2 a = load_pair(two), b = load_pair(two + 8 * 16);
+    x[2 * j] = P[j][0] * a.x + P[j][2] * b.x;
+    x[2 * j + 1] = P[j][1] * a.y + P[j][3] * b.y;
+  }
+  // Each step halves what a lane is in charge of: group g keeps x[g * J / 4] and on.
+  halve<J>(x, l.lane & 16, 16);
+  halve<J / 2>(x, l.lane & 8, 8);
+  halve<J / 4>(x, l.lane & 4, 4);
+#pragma unroll
+  for (int i = 0; i < J / 4; i++) to[l.key + l.group * (J / 4) / 4 * 16 + l.four + (l.group * (J / 4) + i) % 4] = x[i];
 }
