@@ -71,7 +71,7 @@ def main(options: Options) -> None:
             write_lambada(work / "lambada", books)
             write_mmlu(work / "mmlu", books)
             for task in ("bits_per_byte", "lambada", "mmlu"):
-                examine(task, work / task, task if task == "bits_per_byte" else f"{task}_books")
+                examine(task, work / task, f"{task}_books")
         if options.stickers:
             import goose_mm
             from goose_mm.config import load_recipe

@@ -250,6 +250,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5, help="at most, for each of them")
     parser.add_argument("--out", type=Path, help="instead of a file named after the device")
     options = parser.parse_args()
+    names = [name for name in CONTENDERS if any(part in name for part in options.only)]
+    if not names:
+        parser.error(f"--only {' '.join(options.only)}: none of {', '.join(CONTENDERS)}")
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured", file=sys.stderr)
         return
@@ -269,9 +272,7 @@ def main() -> None:
         "errors": {},
         "shapes": {row: floors(shape, speeds) for shape, row in rows.items()},
     }
-    for name in CONTENDERS:
-        if not any(part in name for part in options.only):
-            continue
+    for name in names:
         for what, found in answers(name, shapes, options.minutes):
             if what in ("errors", "absent"):
                 report[what][name] = found

@@ -7,7 +7,7 @@ import torch
 
 from goose_mm.config import BackboneConfig, ConfigError, from_dict
 from goose_mm.lab.baselines import SequenceModel, diagonal_scan, rotate
-from goose_mm.lab.experiment import Experiment, compare, draw, first_length, run, scores
+from goose_mm.lab.experiment import Experiment, compare, draw, run, scores, shortest_texts
 
 SMALL = BackboneConfig(dim=16, num_layers=2, head_size=8, a_max=2.0)
 MIXERS = ["rwkv7", "transformer", "diagonal"]
@@ -91,8 +91,17 @@ def test_scores_by_hand():
 def test_the_length_is_reached_half_way():
     e = Experiment(length=64, start_length=8)
     assert [e.shortest(p) for p in (0.0, 0.16, 0.17, 0.34, 0.5, 1.0)] == [8, 8, 16, 32, 64, 64]
-    with pytest.raises(ConfigError, match="start_length=48 doubled"):
-        Experiment(length=64, start_length=48)
+    firsts = {n: Experiment(length=n).first_length for n in (1, 8, 15, 48, 64, 100)}
+    assert firsts == {1: 1, 8: 8, 15: 15, 48: 12, 64: 8, 100: 25}
+    with pytest.raises(ConfigError, match="give 1 or more"):
+        Experiment(length=0)
+
+
+@pytest.mark.parametrize(("length", "pause", "first"), [(48, 2, 12), (24, 7, 24), (64, 3, 8)])
+def test_the_first_texts_hold_whole_elements(length, pause, first):
+    e = Experiment(task="S3", options={"pause": pause}, length=length)
+    _, task = e.build(torch.device("cpu"))
+    assert shortest_texts(task, e, torch.Generator()) == first
 
 
 def test_unknown_keys_name_the_known_ones():
@@ -107,14 +116,12 @@ TINY = {
 
 
 def test_parity_is_learned_and_carries_to_longer_texts(tmp_path):
-    for seed in range(4):  # one in ten fails to learn it, on every processor another one
-        result = run(
-            {**TINY, "dim": 64, "length": 16, "steps": 800}, tmp_path, seed=seed, quiet=True
-        )
-        if learned := all(t["token"] > 0.95 for t in result["tests"]):
-            break
-    assert learned and [t["length"] for t in result["tests"]] == [16, 32]
+    # ten of ten seeds learn it so: processors round differently, and less would be luck
+    robust = {"dim": 64, "length": 16, "steps": 800, "grow_at": 0.9}
+    result = run({**TINY, **robust}, tmp_path, seed=1, quiet=True)
     assert result == json.loads((tmp_path / "result.json").read_text())
+    assert [t["length"] for t in result["tests"]] == [16, 32]
+    assert all(t["token"] > 0.95 for t in result["tests"])
     assert all(len(t["at"]) == len(t["up_to"]) == t["length"] for t in result["tests"])
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps[0]["length"] == 4 and steps[-1]["length"] == 16
@@ -161,5 +168,5 @@ def test_training_starts_with_the_shortest_texts_a_task_has():
         e = from_dict(Experiment, {"task": task, "length": 128})
         _, texts = e.build(torch.device("cpu"))
         before = generator.get_state()
-        assert first_length(texts, e, generator) == wanted
+        assert shortest_texts(texts, e, generator) == wanted
         assert torch.equal(generator.get_state(), before)

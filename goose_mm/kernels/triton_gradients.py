@@ -95,6 +95,7 @@ def gradients(
         decay = tl.load(log_w + at, mask=inside)
         W = tl.load(tile(made, 0, N, Q))
         XU = tl.load(square(made, 0, N, Q))
+        # transposed: to load them so, and one of them twice, is less than to exchange them later
         XU_t = tl.load(tl.trans(square(made, 0, N, Q)))
         XY_t = tl.load(tl.trans(square(made, 1, N, Q)))
         X_t = tl.load(tl.trans(square(made, 2, N, Q)))

@@ -50,12 +50,9 @@ def learn(
     options: dict[str, Any] = {"generators": "swaps"} if swaps else {}
     if pause:
         options["pause"] = pause
-    start_length, stride = length, max(pause, 0) + 1
-    while start_length >= 16 and start_length % (2 * stride) == 0:
-        start_length //= 2
     what = {
         "task": task, "options": options, "steps": steps, "length": length, "dim": dim,
-        "batch_size": batch_size, "lr": lr, "start_length": start_length,
+        "batch_size": batch_size, "lr": lr,
     }  # fmt: skip
     running = {"device": usable_device(device), "workers": workers, "max_minutes": max_minutes}
     compare(what, out, layers=layers, **running)

@@ -48,9 +48,10 @@ MIXERS: tuple[tuple[Mixer, float], ...] = (
 class Experiment:
     """A task, a model, and how the one learns the other.
 
-    Training starts on texts of `start_length`, or the first doubling of it for which the task has
-    texts, and doubles that whenever the accuracy reaches `grow_at`; by half of the steps every run
-    has come to `length`. A tenth of the steps after it is solved there, training ends.
+    Training starts on texts of `first_length`, which is `length` halved as often as it goes without
+    falling below `start_length`, or the next longer ones of which the task has any. It doubles that
+    whenever the accuracy reaches `grow_at`; by half of the steps every run has come to `length`. A
+    tenth of the steps after it is solved there, training ends.
     """
 
     task: str = "S5"  # a group (see groups.group) or one of sequence.TASKS
@@ -72,11 +73,15 @@ class Experiment:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        doublings = math.log2(self.length / self.start_length)
-        if doublings < 0 or doublings % 1:
-            raise ConfigError(
-                f"length={self.length} is not start_length={self.start_length} doubled some times"
-            )
+        if self.length < 1:
+            raise ConfigError(f"length={self.length} tokens; give 1 or more")
+
+    @property
+    def first_length(self) -> int:
+        length = self.length
+        while length % 2 == 0 and length // 2 >= self.start_length:
+            length //= 2
+        return length
 
     @property
     def name(self) -> str:
@@ -105,8 +110,8 @@ class Experiment:
 
     def shortest(self, progress: float) -> int:
         """The length that a run must have reached after this share of its steps."""
-        doublings = round(math.log2(self.length / self.start_length))
-        return self.start_length * 2 ** min(doublings, int(2 * progress * doublings))
+        doublings = round(math.log2(self.length / self.first_length))
+        return self.first_length * 2 ** min(doublings, int(2 * progress * doublings))
 
 
 def run(
@@ -159,7 +164,7 @@ def fit(
     optimizer = build_optimizer(parameters, config)
     generator = torch.Generator(place).manual_seed(seed)
     began, last, step, progress = time.monotonic(), e.steps, 0, 0.0
-    length = first_length(task, e, generator)
+    length = shortest_texts(task, e, generator)
     seen: list[dict[str, Tensor]] = []
 
     def batches() -> Iterator[dict[str, Tensor]]:
@@ -187,13 +192,13 @@ def fit(
     return step
 
 
-def first_length(task: Task, e: Experiment, generator: torch.Generator) -> int:
-    """What training starts with."""
-    length = e.start_length
+def shortest_texts(task: Task, e: Experiment, generator: torch.Generator) -> int:
+    """The first length for which the task has texts."""
+    length = e.first_length
     while length < e.length:
         try:
             task(1, length, generator.clone_state())
-        except ValueError:  # too short for it
+        except ValueError:  # too short for it, or not whole elements
             length *= 2
         else:
             break
