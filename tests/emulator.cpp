@@ -8,13 +8,13 @@ extern "C" const char* run(void** p, const i64* n, int grid_x, int grid_y) {
     const float* state = (float*)p[6];
     const int* cu_seqlens = (int*)p[7];
 #ifdef FORWARD
-    wkv7_forward(r, log_w, k, v, kappa, a, state, cu_seqlens, (IO*)p[8], (float*)p[9], (f16*)p[10],
-                 n[0], n[1], n[2], n[3], n[4]);
+    NAME(r, log_w, k, v, kappa, a, state, cu_seqlens, (IO*)p[8], (float*)p[9], (f16*)p[10],
+         n[0], n[1], n[2], n[3], n[4]);
 #else
     OUT* d[6];
     for (int i = 0; i < 6; i++) d[i] = (OUT*)p[11 + i];
-    wkv7_backward(r, log_w, k, v, kappa, a, state, cu_seqlens, (f16*)p[8], (IO*)p[9], (float*)p[10],
-                  d[0], d[1], d[2], d[3], d[4], d[5], (float*)p[17], n[0], n[1], n[2], n[3], n[4]);
+    NAME(r, log_w, k, v, kappa, a, state, cu_seqlens, (f16*)p[8], (IO*)p[9], (float*)p[10],
+         d[0], d[1], d[2], d[3], d[4], d[5], (float*)p[17], n[0], n[1], n[2], n[3], n[4]);
 #endif
   });
   return simt::failure;

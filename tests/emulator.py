@@ -29,22 +29,24 @@ def folder() -> Path:
 def compiled(name: str, options: tuple[str, ...]) -> ctypes.CDLL:
     library = folder() / f"{name}{''.join(options)}.so"
     command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-Wno-unknown-pragmas", *options]
-    command += [f"-D{name.upper()}", f'-DSOURCE="{name}.cu"', f"-I{CSRC}", f"-I{HERE}"]
+    kind, _, _ = name.partition("_")
+    command += [f"-D{kind.upper()}", f"-DNAME=wkv7_{name}", f'-DSOURCE="{name}.cu"']
+    command += [f"-I{CSRC}", f"-I{HERE}"]
     subprocess.run([*command, "-o", library, HERE / "emulator.cpp"], check=True)
     found = ctypes.CDLL(str(library))
     found.run.restype = ctypes.c_char_p
     return found
 
 
-def launch(name, r, out, grid, *arguments) -> None:
+def launch(name, r, out, chunks, grid, *arguments) -> None:
     """As `cuda.launch`, with everything in the memory of the host."""
     count = len(arguments) - cuda.NUMBERS
     pointers = (ctypes.c_void_p * count)(
         *(None if x is None else x.data_ptr() for x in arguments[:count])
     )
     numbers = (ctypes.c_longlong * cuda.NUMBERS)(*arguments[count:])
-    flags = cuda.options.__wrapped__(r.device, r.dtype, r.shape[-1], out)
-    failure = compiled(name, flags).run(pointers, numbers, *grid)
+    flags = cuda.options(r.dtype, r.shape[-1], out, chunks)
+    failure = compiled(cuda.source(name, chunks), flags).run(pointers, numbers, *grid)
     if failure:
         raise RuntimeError(failure.decode())
 
@@ -56,6 +58,7 @@ def emulated_cuda(monkeypatch):
         pytest.skip("the emulated kernels are compiled by g++")
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "granted", lambda device: HOPPER)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(cuda, "lacking", lambda device, dtype, head_size: "")
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is NaN
     yield

@@ -5,6 +5,8 @@ Needs a CUDA device, or TRITON_INTERPRET=1 before Python starts: then Triton's i
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from test_wkv7 import error, hard_cases, make, noise, oracle, results
@@ -83,8 +85,9 @@ def test_kernel_equals_reference(kernel, dtype, B, T, H, with_state, direction):
 
 
 @pytest.mark.parametrize(("direction", "with_state"), [("both", True), ("backward", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_packed_sequences(kernel, direction, with_state):
+def test_packed_sequences(kernel, dtype, direction, with_state):
     offsets = torch.tensor([0, 0, 1, 18, 18, 35, 35], dtype=torch.int32)
     T, H, N, S = 35, 1, 64, len(offsets) - 1
     D = (2,) if direction == "both" else ()
@@ -96,7 +99,7 @@ def test_packed_sequences(kernel, direction, with_state):
 
     exact = results(chunked, inputs, None if state is None else state.double(), dy, dlast)
     extra = {"cu_seqlens": offsets.to(DEVICE), "direction": direction}
-    check(kernel, inputs, exact, state, dy, dlast, dtype=torch.float32, **extra)
+    check(kernel, inputs, exact, state, dy, dlast, dtype=dtype, **extra)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +140,23 @@ def test_decay_below_the_limit_is_an_error_not_nan():
 
 
 @pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA device")
+def test_kernels_for_few_and_for_many_tokens_agree(monkeypatch):
+    H = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    inputs = [x.to(DEVICE, torch.bfloat16) for x in make(2, 133, H, 64)]
+    dy, dlast = noise(*inputs[0].shape).to(DEVICE), noise(2, H, 64, 64).to(DEVICE)
+    few = results(partial(wkv7, kernel="cuda"), inputs, None, dy, dlast)
+    monkeypatch.setattr(cuda, "SMALL", 0)
+    many = results(partial(wkv7, kernel="cuda"), inputs, None, dy, dlast)
+    for name, want in few.items():
+        assert error(many[name], want) <= 4e-3, name
+
+
+@pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA device")
 def test_a_kernel_that_another_thread_has_loaded():
     """The thread of the backward pass may never have used the device before."""
     inputs = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in make(1, 20, 1, 64)]
     for name in ("forward", "backward"):
-        cuda.loaded(name, inputs[0].device, torch.bfloat16, 64, torch.bfloat16)
+        for chunks in (cuda.EVERY, cuda.segment(inputs[0].device, torch.bfloat16, 64)):
+            cuda.loaded(name, inputs[0].device, torch.bfloat16, 64, torch.bfloat16, chunks)
     wkv7(*inputs, kernel="cuda")[0].sum().backward()
     assert all(x.grad.isfinite().all() for x in inputs)

@@ -39,7 +39,7 @@ struct Barrier { int arrived = 0; long generation = 0; };
 inline std::vector<Fiber> fibers;
 inline std::vector<Exchange> exchange;
 inline std::vector<Barrier> warps;
-inline Barrier block;
+inline Barrier block, groups[16];
 inline std::vector<char> memory;
 inline ucontext_t scheduler;
 inline int current, x, y, width;
@@ -61,6 +61,7 @@ template <class Body> void run_block(int threads, size_t bytes, Body body) {
   exchange.assign(threads, {});
   warps.assign(threads / 32, {});
   block = {};
+  for (auto& group : groups) group = {};
   // NaN in every type: what is read must have been written
   memory.assign(bytes + 128, (char)0xff);
   for (auto& fiber : fibers) {
@@ -103,6 +104,7 @@ DEVICE int block_y() { return simt::y; }
 DEVICE int blocks_x() { return simt::width; }
 DEVICE char* shared_memory() { return (char*)(((uintptr_t)simt::memory.data() + 127) & ~(uintptr_t)127); }
 DEVICE void sync_threads() { simt::meet(simt::block, simt::fibers.size()); }
+DEVICE void sync_group(int barrier, int threads) { simt::meet(simt::groups[barrier], threads); }
 DEVICE void sync_warp() { simt::meet_warp(); }
 
 template <class T> T from_lane(T value, int lane) {

@@ -6,15 +6,22 @@ import re
 
 import pytest
 import torch
-from emulator import compiled, emulated_cuda  # noqa: F401
+from emulator import HOPPER, compiled, emulated_cuda  # noqa: F401
 from test_wkv7 import error, hard_cases, make, noise, oracle, results
 
 from goose_mm.kernels import cuda, nvrtc, wkv7
 
 LIMIT = {torch.float32: 7e-4, torch.bfloat16: 2e-3, torch.float16: 8e-4}
 # and the bytes of shared memory that a block may have there
-ARCHITECTURES = {"sm_80": 166_912, "sm_90": 232_448, "sm_120": 101_376}
+ARCHITECTURES = {"sm_80": 166_912, "sm_90": HOPPER, "sm_120": 101_376}
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
+
+
+@pytest.fixture(params=[True, False], ids=["wide", "lean"])
+def wide(request, monkeypatch):
+    """Whether the wide kernels may run."""
+    if not request.param:
+        monkeypatch.setattr(cuda, "WIDE", HOPPER + 1)
 
 
 def check(inputs, exact, *rest, dtype, limit=None, **extra):
@@ -37,7 +44,7 @@ def check(inputs, exact, *rest, dtype, limit=None, **extra):
         (torch.bfloat16, 128, 1, 49, 2, False, "backward"),
     ],
 )
-def test_kernel_equals_reference(dtype, N, B, T, H, with_state, direction):
+def test_kernel_equals_reference(dtype, N, B, T, H, with_state, direction, wide):
     D = (2,) if direction == "both" else ()
     inputs, state = make(B, T, H, N), noise(*D, B, H, N, N).float() if with_state else None
     dy, dlast = noise(*D, B, T, H, N, seed=2), noise(*D, B, H, N, N, seed=3)
@@ -45,8 +52,9 @@ def test_kernel_equals_reference(dtype, N, B, T, H, with_state, direction):
     check(inputs, exact, state, dy, dlast, dtype=dtype, direction=direction)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("direction", ["forward", "both"])
-def test_packed_sequences(direction):
+def test_packed_sequences(direction, dtype):
     offsets = torch.tensor([0, 0, 1, 18, 18, 120, 135, 135])
     T, H, N, S = 135, 1, 64, len(offsets) - 1
     D = (2,) if direction == "both" else ()
@@ -56,11 +64,11 @@ def test_packed_sequences(direction):
     exact = results(
         lambda *x: wkv7(*x, **extra, kernel="chunked"), inputs, state.double(), dy, dlast
     )
-    check(inputs, exact, state, dy, dlast, dtype=torch.float32, **extra)
+    check(inputs, exact, state, dy, dlast, dtype=dtype, **extra)
 
 
 @pytest.mark.parametrize("name", [name for name in hard_cases() if "limit" not in name])
-def test_hard_cases_are_within_twice_the_chunked_form(name):
+def test_hard_cases_are_within_twice_the_chunked_form(name, wide):
     """As they are in bfloat16, where rounding what is stored costs the most."""
     inputs = [x.bfloat16() for x in hard_cases(T=400)[name]]
     dy, dlast = noise(*inputs[0].shape), noise(1, 2, 64, 64)
@@ -126,10 +134,19 @@ def test_compiles_everywhere_without_a_gpu_and_spills_no_registers(arch, name, h
     assert max(map(int, re.findall(r"(\d+) bytes spill", log))) <= allowed, log
 
 
-@pytest.mark.parametrize(("head_size", "itemsize"), cuda.SEGMENTS)
-def test_shared_memory_is_what_the_table_says(head_size, itemsize):
-    for wanted, chunks in cuda.SEGMENTS[head_size, itemsize]:
-        kind = "float" if itemsize == 4 else "bf16"
-        flags = (f"-DIO={kind}", f"-DOUT={kind}", f"-DN={head_size}", f"-DSEGMENT={chunks}")
-        sizes = [compiled(name, flags).shared_size() for name in ("forward", "backward")]
-        assert max(sizes) == wanted
+@pytest.mark.parametrize("name", ["forward_wide", "backward_wide"])
+def test_wide_kernels_compile_without_a_gpu_and_spill_no_registers(name):
+    flags = cuda.options(torch.bfloat16, 64, torch.bfloat16, cuda.EVERY)
+    _, log = nvrtc.compile_source(name, "sm_90", flags)
+    assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"], log
+
+
+def test_shared_memory_is_what_the_tables_say():
+    kinds = {2: torch.bfloat16, 4: torch.float32}
+    for (head_size, itemsize), choices in cuda.SEGMENTS.items():
+        for wanted, chunks in choices:
+            flags = cuda.options(kinds[itemsize], head_size, kinds[itemsize], chunks)
+            sizes = [compiled(name, flags).shared_size() for name in ("forward", "backward")]
+            assert max(sizes) == wanted
+    flags = cuda.options(torch.bfloat16, 64, torch.bfloat16, cuda.EVERY)
+    assert compiled("backward_wide", flags).shared_size() == cuda.WIDE

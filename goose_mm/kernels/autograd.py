@@ -131,7 +131,7 @@ def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
     return (
         r.new_empty(D, B, T, H, N),
         r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype)),
-        KERNELS[kernel].empty_saved(r, D, save),
+        KERNELS[kernel].empty_saved(r, D, S, save),
     )
 
 

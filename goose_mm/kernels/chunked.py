@@ -30,7 +30,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     return ""
 
 
-def empty_saved(r: Float[Tensor, "B T H N"], directions: int, save: bool) -> Tensor:
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
     """Room for the states a backward pass needs: [D, K, B, H, N, N], K = 0 if none."""
     B, T, H, N = r.shape
     slots = (T - 1) // SPAN if save else 0
@@ -56,7 +56,7 @@ def forward(
     check_decay(inputs[1])
     y = r.new_empty(D, B, T, H, N)
     last = r.new_zeros(D, S, H, N, N, dtype=work) if state is None else state.to(work, copy=True)
-    saved = empty_saved(r, D, save)
+    saved = empty_saved(r, D, S, save)
     masks, room = cache(partial(Masks.of, like=last)), cache(partial(Work.empty, like=last))
     for d, backwards in enumerate(reverse):
         for states, spans in plan(r, offsets, backwards):

@@ -1,12 +1,15 @@
 """WKV-7 in CUDA C++ (`csrc/`), for NVIDIA GPUs: buffers, grids, launches.
 
 Products take f16 operands and sum in float32; the state stays float32. Besides inputs, outputs and
-gradients a training step holds a state of 16 bits for every few chunks of 16 tokens, for heads of
-64 and 16-bit inputs every three, where a block may have 113 kB of shared memory.
+gradients a training step holds states of 16 bits. The wide kernels hold one for every chunk of 16
+tokens, four times the bytes of r: where that is no more than SMALL, or where there are no more
+blocks (of one sequence and head) than multiprocessors. The others hold one for every few chunks,
+for heads of 64 and 16-bit inputs every three, where a block may have 113 kB of shared memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -30,6 +33,9 @@ SEGMENTS = {
     (128, 2): ((218_704, 2), (150_800, 1)),
     (128, 4): ((179_280, 1),),
 }
+# The same for the wide kernels, which save a state for EVERY chunk: heads of 64, 16 bits.
+WIDE, EVERY = 218_224, 0
+SMALL = 2**28
 NUMBERS = 5  # T, heads, rows, slots, reverse: what follows the pointers
 
 
@@ -64,29 +70,50 @@ def granted(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin if properties.major >= 8 else 0
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def segment(device: torch.device, dtype: torch.dtype, head_size: int) -> int:
     """Chunks between saved states, as many as shared memory allows; 0 if not even one."""
     most, choices = granted(device), SEGMENTS[head_size, dtype.itemsize]
     return next((chunks for wanted, chunks in choices if wanted <= most), 0)
 
 
+def spacing(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> int:
+    """Chunks between saved states; EVERY for the wide kernels."""
+    _, _, H, N = r.shape
+    if N == 64 and r.dtype.itemsize == 2 and granted(r.device) >= WIDE:
+        few = directions * states * H <= multiprocessors(r.device)
+        if few or (save and math.prod(every_state(r, directions, states)) * 2 <= SMALL):
+            return EVERY
+    return segment(r.device, r.dtype, N)
+
+
+def every_state(r: Float[Tensor, "B T H N"], directions: int, states: int) -> tuple[int, ...]:
+    """The shape of all chunks' states; packed sequences begin anywhere: each may need one more."""
+    B, T, H, N = r.shape
+    return directions, T // CHUNK + states // B, B, H, N, N
+
+
 @cache
-def options(
-    device: torch.device, dtype: torch.dtype, head_size: int, out: torch.dtype
-) -> tuple[str, ...]:
-    """What the sources leave open."""
-    chosen = {"IO": TYPES[dtype], "OUT": TYPES[out], "N": head_size}
-    chosen["SEGMENT"] = segment(device, dtype, head_size)
+def options(dtype: torch.dtype, head_size: int, out: torch.dtype, chunks: int) -> tuple[str, ...]:
+    """What the sources leave open; `chunks` between saved states."""
+    chosen = {"IO": TYPES[dtype], "OUT": TYPES[out], "N": head_size, "SEGMENT": chunks}
     return tuple(f"-D{key}={value}" for key, value in chosen.items())
 
 
-def empty_saved(r: Float[Tensor, "B T H N"], directions: int, save: bool) -> Tensor:
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
     """Room for the states a backward pass needs: [D, K, B, H, N, N] in float16, K = 0 if none."""
     B, T, H, N = r.shape
-    tokens = CHUNK * segment(r.device, r.dtype, N)
-    return r.new_empty(
-        directions, (T - 1) // tokens if save else 0, B, H, N, N, dtype=torch.float16
-    )
+    chunks = spacing(r, directions, states, save)
+    shape = every_state(r, directions, states)
+    if not save:
+        shape = (directions, 0, B, H, N, N)
+    elif chunks != EVERY:
+        shape = (directions, (T - 1) // (CHUNK * chunks), B, H, N, N)
+    return r.new_empty(shape, dtype=torch.float16)
 
 
 def forward(
@@ -106,9 +133,9 @@ def forward(
     D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
     y = r.new_empty(D, B, T, H, N)
     last = r.new_empty(D, S, H, N, N, dtype=torch.float32)
-    saved = empty_saved(r, D, save)
+    saved = empty_saved(r, D, S, save)
     launch(
-        "forward", r, r.dtype, (S * H, D),
+        "forward", r, r.dtype, spacing(r, D, S, save), (S * H, D),
         *inputs, as_float(state), offsets(cu_seqlens), y, last, saved if saved.numel() else None,
         T, H, B, saved.shape[1], int(reverse[0]),
     )  # fmt: skip
@@ -135,7 +162,7 @@ def backward(
     grads = [r.new_empty(shape, dtype=out) for _ in inputs]
     first = r.new_empty(D, S, H, N, N, dtype=torch.float32)
     launch(
-        "backward", r, out, (S * H, D),
+        "backward", r, out, spacing(r, D, S, True), (S * H, D),
         *inputs, as_float(state), offsets(cu_seqlens), saved, dy, as_float(dlast), *grads, first,
         T, H, B, saved.shape[1], int(reverse[0]),
     )  # fmt: skip
@@ -164,10 +191,18 @@ def offsets(cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def launch(
-    name: str, r: Tensor, out: torch.dtype, grid: tuple[int, int], *arguments: Tensor | int | None
+    name: str,
+    r: Tensor,
+    out: torch.dtype,
+    chunks: int,
+    grid: tuple[int, int],
+    *arguments: Tensor | int | None,
 ) -> None:
-    """Run `csrc/NAME.cu` on the current stream of r's device; NUMBERS numbers come last."""
-    function, threads, shared = loaded(name, r.device, r.dtype, r.shape[-1], out)
+    """Run `csrc/NAME.cu`, or the wide one, on the current stream of r's device.
+
+    `chunks` lie between saved states. NUMBERS numbers come last.
+    """
+    function, threads, shared = loaded(name, r.device, r.dtype, r.shape[-1], out, chunks)
     values = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
     with torch.cuda.device_of(r):
         device = r.get_device()
@@ -175,11 +210,21 @@ def launch(
         nvrtc.launch(function, (*grid, 1), threads, shared, device, stream, values)
 
 
+def source(name: str, chunks: int) -> str:
+    return f"{name}_wide" if chunks == EVERY else name
+
+
 @cache
 def loaded(
-    name: str, device: torch.device, dtype: torch.dtype, head_size: int, out: torch.dtype
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    out: torch.dtype,
+    chunks: int,
 ) -> tuple[Any, int, int]:
     """The kernel, its threads and its bytes of shared memory."""
     major, minor = torch.cuda.get_device_capability(device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    return nvrtc.kernel(name, f"sm_{major}{minor}", options(device, dtype, head_size, out), index)
+    flags = options(dtype, head_size, out, chunks)
+    return nvrtc.kernel(source(name, chunks), f"sm_{major}{minor}", flags, index)

@@ -15,7 +15,13 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("device.cuh", "tiles.cuh", "chunk.cuh")  # headers of every kernel
+SOURCES = (
+    "device.cuh",
+    "tiles.cuh",
+    "chunk.cuh",
+    "reading.cuh",
+    "gradients.cuh",
+)  # headers of every kernel
 
 
 @cache

@@ -73,7 +73,7 @@ def lacking(device: torch.device, dtype: torch.dtype) -> str:
 vars(lacking)["_dynamo_marked_constant"] = True
 
 
-def empty_saved(r: Float[Tensor, "B T H N"], directions: int, save: bool) -> Tensor:
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
     """Room for the states a backward pass needs: [D, K, B, H, N, N], K = 0 if none."""
     B, T, H, N = r.shape
     slots = (T - 1) // CHUNK if save else 0
@@ -100,7 +100,7 @@ def forward(
     D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
     y = r.new_empty(D, B, T, H, N)
     last = start(state, (D, S, H, N, N), r)
-    saved = empty_saved(r, D, save)
+    saved = empty_saved(r, D, S, save)
     options = SCAN[saved.dtype]
     with torch.cuda.device_of(r):
         made = prepared(inputs, cu_seqlens, reverse, back=False)

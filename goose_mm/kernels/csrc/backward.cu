@@ -3,20 +3,11 @@
 // Segments are walked from the last to the first. A segment's states are found again from the one saved
 // before it; then its chunks are walked backwards with G, the gradient of the state after the chunk, and
 //   P = G exp(c)
-//   dz = -X^T (E P^T + re^T dY)                      of the right-hand side of the system for f
-//   dV = K P^T + rk^T dY + ak^T dz
-//   drk, dre = dY V^T, -dY f^T    dak, dae = dz V^T, -dz f^T                  below the diagonal
-//   dR = dY S0 + drk K + dre E                  dA = dz S0 + dak K + dae E
-//   dK = V P + drk^T R + dak^T A                dE = -f P + dre^T R + dae^T A
 //   G <- (P + dY^T R + dz^T A) exp(c)
-// dY and P are scaled by a power of two to be at most 1, as gradients may be too small for f16.
-#include "chunk.cuh"
+#include "gradients.cuh"
 
-enum { dY_ = INPUTS, LOADS };
-enum { drk_, dre_, dak_, dae_ };
 constexpr int SPAN = SEGMENT * Q;
 constexpr int MAKERS = 4, THREADS = 64 * WARPS;  // on the way back two warps share 16 values, or 16 keys
-constexpr int SUMS = (Q + 1) * RUNNING;
 
 // What finding the states again leaves of a chunk.
 struct Found {
@@ -67,6 +58,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
   // Chunk i of a segment lies in slot i or, in every second segment, SEGMENT - 1 - i: so a segment moves
   // in as the one after it is done with. Four warps fetch, and make the chunks while states are found again.
   const IO* inputs[LOADS] = {r, log_w, k, v, kappa, a, dy + whole};
+  const Outputs to{dr, dlog_w, dk, dv, dkappa, da, whole};
   int requested = 0, arrived = 0;
   auto slot_of = [](int segment, int i) { return segment & 1 ? SEGMENT - 1 - i : i; };
   auto request = [&](int segment, int i) {
@@ -177,9 +169,8 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       float top = 0;
 #pragma unroll
       for (int w = 0; w < 2 * WARPS; w++) top = largest(top, shared.largest[w]);
-      u32 exponent = float_bits(top) >> 23;
-      exponent = exponent < 32 ? 32 : exponent > 222 ? 222 : exponent;
-      float up = bits_float((254 - exponent) << 23), down = bits_float(exponent << 23), shift = (int)exponent - 127;
+      const Unit unit(top);
+      float up = unit.up(), down = unit.down();
       float4 dout = load_four(raw[dY_] + raw_at(my_token, channel));
       scale(G, decay, up, l);  // now P
       sum_values(shared.carry[l.value / 16], G, found.S0, l);
@@ -228,6 +219,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         store_operand<square_at>(back.dz, dz_t, l.value, 0, l);
       }
       sync_threads();  // dz is here
+      const Known known{chunk, found.S0, found.minus_f, back.P, back.dz, shared.dY};
       left<square_at>(dz_t, back.dz, l, l.value, 0);
       add_product(G, dy_t, chunk.R, l);
       add_product(G, dz_t, chunk.A, l);
@@ -240,129 +232,25 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= down;
         store_tokens(dv + whole, dV, sequence, c, l.value, l);
       } else if (warp < 8) {  // the gradients of the products of reads and keys
-        int which = warp >> 1;
         float product[2][4] = {};
-        u32 to[N / 16][4], from[N / 16][4];
-        if (which < 2) {
-#pragma unroll
-          for (int i = 0; i < N / 16; i++) left<tokens_at>(to[i], shared.dY, l, 0, 16 * i);
-        } else {
-#pragma unroll
-          for (int i = 0; i < N / 16; i++) left_of_transposed<square_at>(to[i], back.dz, l, 0, 16 * i);
-        }
-        if (which & 1) {
-#pragma unroll
-          for (int i = 0; i < N / 16; i++) right<square_at>(from[i], found.minus_f, l, 16 * i, 0);
-        } else {
-#pragma unroll
-          for (int i = 0; i < N / 16; i++) right_of_transposed<tokens_at>(from[i], chunk.V, l, 0, 16 * i);
-        }
-#pragma unroll
-        for (int i = 0; i < N / 16; i++) multiply_add(product, to[i], from[i]);
-        store_lower(back.dscores[which], product[0], 0, which < 2 ? 0 : 1, l);
-        store_lower(back.dscores[which], product[1], 8, which < 2 ? 0 : 1, l);
+        score_gradients(product, known, warp >> 1, l);
+        store_scores(back.dscores, product, warp >> 1, l);
       }
 
-      // From here on two warps share 16 keys: one is in charge of the reads, R and A, the other of the keys, K and E.
-      int key = warp / 2 * 16 + l.four, at = tokens_at(l.group, warp / 2 * 16 + l.pair);
-      float one[2][4] = {}, two[2][4] = {};  // dR and dA, or dK and dE
-      {
-        const f16 *y = half ? chunk.V : shared.dY, *z = half ? found.minus_f : back.dz, *to = half ? back.P : found.S0;
-#pragma unroll
-        for (int value = 0; value < N; value += 16) {
-          right<state_at>(b, to, l, value, warp / 2 * 16);
-          left<tokens_at>(x, y, l, 0, value);
-          multiply_add(one, x, b);
-          left_of_transposed<square_at>(x, z, l, 0, value);
-          multiply_add(two, x, b);
-        }
-      }
-      const f16 *One = (half ? chunk.K : chunk.R) + at, *Two = (half ? chunk.E : chunk.A) + at;
-      // What the end of the chunk passes on to every decay in it: sum over values of P and the state.
-      float4 carry = {0, 0, 0, 0};
-      if (half) {
-#pragma unroll
-        for (int t = 0; t < 2; t++)
-          carry = carry + load_split(One + 8 * t * ROW) * four_of(one, t) + load_split(Two + 8 * t * ROW) * four_of(two, t);
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) carry = carry + each(carry, [&](float x) { return shuffle_xor(x, mask); });
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) carry = carry + load_four(shared.carry[w] + key);
-      }
+      Share share(warp);
+      share.from_states(known, l);
+      float4 carry = share.carry(chunk, shared.carry, l);
       sync_threads();  // the gradients of the products are here
       const Lane e(0, 2, thread_anew());
-      {
-        const Squares& scores = back.dscores;
-        u32 first[4], second[4];
-        right<tokens_at>(first, half ? chunk.R : chunk.K, e, 0, warp / 2 * 16);
-        right<tokens_at>(second, half ? chunk.A : chunk.E, e, 0, warp / 2 * 16);
-        if (half) {
-          left_of_transposed<square_at>(x, scores[drk_], e, 0, 0);
-          multiply_add(one, x, first);
-          left_of_transposed<square_at>(x, scores[dak_], e, 0, 0);
-          multiply_add(one, x, second);
-          left_of_transposed<square_at>(x, scores[dre_], e, 0, 0);
-          multiply_add(two, x, first);
-          left_of_transposed<square_at>(x, scores[dae_], e, 0, 0);
-          multiply_add(two, x, second);
-        } else {
-          left<square_at>(x, scores[drk_], e, 0, 0);
-          multiply_add(one, x, first);
-          left<square_at>(x, scores[dre_], e, 0, 0);
-          multiply_add(one, x, second);
-          left<square_at>(x, scores[dak_], e, 0, 0);
-          multiply_add(two, x, first);
-          left<square_at>(x, scores[dae_], e, 0, 0);
-          multiply_add(two, x, second);
-        }
-      }
-      // What reaches the decay of a token from the reads at it and later but its own A, and from the keys.
-      float4 reach[2], sent[2];
-#pragma unroll
-      for (int t = 1; t >= 0; t--) {
-        float4 own = load_split(Two + 8 * t * ROW) * four_of(two, t);
-        reach[t] = load_split(One + 8 * t * ROW) * four_of(one, t) + own;
-#pragma unroll
-        for (int by = 1; by < 8; by *= 2)
-          reach[t] = each(reach[t], [&](float x) {
-            float later = shuffle_down(x, 4 * by);
-            if (e.group + by < 8) x += later;
-            return x;
-          });
-        sent[t] = own;
-      }
-      reach[0] = reach[0] + each(reach[1], [&](float x) { return shuffle(x, e.lane & 3); });
-      auto power = [&](float x) { return exp2_fast(x + shift); };
-      float4* exchange = (float4*)raw + e.lane;
-#pragma unroll
-      for (int t = 0; t < 2; t++) {
-        float4 before = load_four(running + (e.group + 8 * t) * RUNNING + key);
-        if (half) sent[t] = carry - reach[t];
-        else reach[t] = reach[t] - sent[t], sent[t] = four_of(two, t) * each(before, power);
-        exchange[32 * (2 * warp + t)] = sent[t];
-      }
+      share.from_scores(chunk, back.dscores, e);
+      share.give(raw, carry, running, unit, e);
       if (i > 0) {
         const auto& next = shared.inputs[slot_of(segment, i - 1)];
         sum_decay<false>((float*)shared.found[i].S0, shared.decay[i - 1], next[log_w_], {8 * warp}, e);
         measure(next[dY_]);
       }
       sync_threads();  // the other warp's part is here, nobody reads the chunk any more, and the next can begin
-#pragma unroll
-      for (int t = 0; t < 2; t++) {
-        int token = e.group + 8 * t;
-        if (c * Q + token >= sequence.length) continue;
-        float4 g = load_four(running + (token + 1) * RUNNING + key), given = exchange[32 * (2 * (warp ^ 1) + t)];
-        i64 to = whole + sequence.token(c * Q + token) + key;
-        if (half) {
-          float4 shrunk = each(g * -1, power), erased = four_of(two, t) * shrunk;
-          store_four(dk + to, four_of(one, t) * shrunk);
-          store_four(dkappa + to, given + load_four(raw[a_] + raw_at(token, key)) * erased);
-          store_four(da + to, load_four(raw[kappa_] + raw_at(token, key)) * erased);
-        } else {
-          store_four(dr + to, four_of(one, t) * each(g, power));
-          store_four(dlog_w + to, (reach[t] + given) * down);
-        }
-      }
+      share.store(to, raw, raw, running, unit, sequence, c, e);
     }
   }
   each_four(G, l, [&](int value, int key, float4& x) { store_four(dstate + here + value * N + key, x); });

@@ -40,6 +40,12 @@ struct Sequence {
   METHOD i64 token(int i) const { return at + (i64)i * step; }
 };
 
+// Where S0 of a chunk is saved, if that of every chunk is: packed sequences begin anywhere, so each has a place to spare.
+DEVICE i64 saved_at(const Sequence& of, const int* cu_seqlens, i64 d, int s, int chunk, i64 slots, int rows, int head, int heads) {
+  i64 slot = cu_seqlens ? of.first / Q + s + chunk : chunk, row = cu_seqlens ? 0 : s;
+  return (((d * slots + slot) * rows + row) * heads + head) * N * N;
+}
+
 // Bring chunk `chunk` of some tensors into shared memory (RAW), by some warps; zeros behind the end.
 template <int warps, int count> DEVICE void fetch(IO (&tiles)[count][Q * N], const IO* const (&from)[count], const Sequence& s, int chunk, const Lane& l) {
   constexpr int PIECE = 16 / sizeof(IO), PIECES = N / PIECE;
@@ -55,8 +61,8 @@ template <int warps, int count> DEVICE void fetch(IO (&tiles)[count][Q * N], con
   copy_commit();
 }
 
-// g - c as a power of two: [17, RUNNING], from before the first token on. Rows two apart lie in different banks.
-constexpr int RUNNING = N + 4;
+// g - c as a power of two: [17, N], from before the first token on. Rows two apart lie in different banks.
+constexpr int RUNNING = N + 4, SUMS = (Q + 1) * RUNNING;
 
 // These running sums, and the decay exp(c) [N], of 8 channels from each of some columns on. All is read before anything is
 // stored, here and in `prepare`: what the compiler cannot tell apart it keeps in order, and waits.

@@ -38,6 +38,8 @@ DEVICE char* shared_memory() {
   return memory;
 }
 DEVICE void sync_threads() { __syncthreads(); }
+// Only some warps, `threads` in number, at a barrier of their own, 1 to 15.
+DEVICE void sync_group(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T> DEVICE T shuffle(T x, int lane) { return __shfl_sync(~0u, x, lane); }

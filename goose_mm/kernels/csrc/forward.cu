@@ -2,7 +2,7 @@
 //
 // All warps write down a chunk as operands. Then four of them relate its tokens to each other, while the others,
 // each with 16 rows of the state, read the chunk before.
-#include "chunk.cuh"
+#include "reading.cuh"
 
 constexpr int MAKERS = 4, THREADS = 32 * (WARPS + MAKERS);
 constexpr int STAGES = sizeof(IO) == 2 ? 3 : 2;
@@ -13,7 +13,7 @@ struct Shared {
   f16 rest[2][2][Q * ROW];  // of K and E
   Squares squares[2];
   float decay[4][N];  // exp(c) of the chunk that is made, of the two before it, and 1 before the first
-  float running[(Q + 1) * RUNNING], scratch[Q * Q];
+  float running[SUMS], scratch[Q * Q];
 };
 
 KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
@@ -75,30 +75,9 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
         f16* to = saved + (((d * slots + slot) * rows + row) * heads + head) * N * N;
         each_four(S, l, [&](int value, int key, float4& x) { store_four(to + value * N + key, x * load_four(old + key)); });
       }
-      // S is kept from just before the decay that ends a chunk: then it is scaled once a chunk.
-      scale(S, old, now, l);
       u32 s0[N / 16][4];
-      as_operand(s0, S);
-      u32 v_t[4], minus_f[4], x[4];
-      left_of_transposed<tokens_at>(v_t, chunk.V, l, l.value, 0);
-      float z[2][4] = {}, f[2][4] = {}, out[2][4] = {};
-      find(z, s0, v_t, chunk, squares, l);
-#pragma unroll
-      for (int key = 0; key < N; key += 16) {
-        left<tokens_at>(x, chunk.R, l, 0, key);
-        multiply_add_flipped(out, x, s0[key / 16]);
-      }
-      left<square_at>(x, squares[rk_], l, 0, 0);
-      multiply_add_flipped(out, x, v_t);
-      add_product(S, v_t, chunk.K, l);
-      add_product(S, v_t, shared.rest[before & 1][0], l);
-      solve(f, z, squares, l);
-      as_operand(minus_f, f, -1);
-      left<square_at>(x, squares[re_], l, 0, 0);
-      multiply_add_flipped(out, x, minus_f);
-      store_tokens(y + d * rows * T * heads * N, out, sequence, before, l.value, l);
-      add_product(S, minus_f, chunk.E, l);
-      add_product(S, minus_f, shared.rest[before & 1][1], l);
+      const auto& rest = shared.rest[before & 1];
+      read(S, s0, chunk, rest[0], rest[1], squares, old, now, y + d * rows * T * heads * N, sequence, before, l);
     }
     sync_threads();  // this chunk is made, and the one before it is read
   }

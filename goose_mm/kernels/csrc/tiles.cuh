@@ -28,8 +28,8 @@ template <int (*at)(int, int)> DEVICE float4 store_split(f16* to, int row, int c
   float2 low = unpack_f16(first), high = unpack_f16(second);
   return {low.x, low.y, high.x, high.y};
 }
-DEVICE float4 load_split(const f16* p) {
-  float2 low = load_pair(p), high = load_pair(p + 8);
+DEVICE float4 unpack_split(const u32 (&x)[2]) {
+  float2 low = unpack_f16(x[0]), high = unpack_f16(x[1]);
   return {low.x, low.y, high.x, high.y};
 }
 
@@ -111,6 +111,14 @@ template <int J, class Type> DEVICE void load_state(float (&S)[J][4], const Type
   });
 }
 
+// Factors for each key of this lane, and S times them.
+template <int J> DEVICE void load_factors(float4 (&factors)[J], const float* from, const Lane& l) {
+#pragma unroll
+  for (int j = 0; j < J; j++) factors[j] = load_four(from + l.key + 16 * j + l.four);
+}
+template <int J> DEVICE void scale(float (&S)[J][4], const float4 (&factors)[J / 2], float all, const Lane& l) {
+  each_four(S, l, [&](int, int key, float4& x) { x = x * (factors[(key - l.key - l.four) / 16] * all); });
+}
 // S times a factor for each key.
 template <int J> DEVICE void scale(float (&S)[J][4], const float* factor, float all, const Lane& l) {
   each_four(S, l, [&](int, int key, float4& x) { x = x * (load_four(factor + key) * all); });

@@ -1,0 +1,238 @@
+// The gradients of backward.cu where blocks are few, and each has a multiprocessor for itself: the forward pass has kept
+// S0 of every chunk, and 16 warps work on three chunks at once.
+//
+// Four makers make a chunk and find f. Four walkers, a chunk behind, take G, the gradient of the state, in registers,
+// from its end to its beginning. Eight finishers, one more behind, find the gradients of its inputs. All meet between
+// steps, and within a step each group at a barrier of its own.
+#include "gradients.cuh"
+
+constexpr int MAKERS = 4, WALKERS = WARPS, FINISHERS = 2 * WARPS, THREADS = 32 * (MAKERS + WALKERS + FINISHERS);
+enum { MAKING = 1, WALKING, FINISHING };  // barriers, the last one of each pair of warps
+constexpr int AHEAD = 5;  // chunks between the first that is requested and the last in work
+
+// What is loaded of a chunk, what the makers make of it, and what the walkers add.
+struct Loaded {
+  IO inputs[LOADS][Q * N];  // log_w gives way to what f16 cannot hold of E, the first four to the finishers' exchange
+  f16 S0[N * N];            // STATE
+};
+struct Made {
+  Chunk chunk;
+  f16 K_rest[Q * ROW];
+  f16 minus_f[N * Q];       // SQUARE [values, tokens]
+  Squares squares;
+};
+struct Walked {
+  f16 P[N * N];             // STATE
+  f16 dz[N * Q];            // SQUARE [values, tokens]
+  f16 dY[Q * ROW];
+  Squares dscores;          // drk, dre, dak, dae
+  float carry[WARPS][N];
+  u32 exponent, unused[3];
+};
+struct Shared {
+  Loaded loaded[AHEAD];
+  Made made[3];
+  Walked walked[2];
+  float running[4][SUMS], decay[4][N], scratch[Q * Q], largest[WALKERS];
+};
+DEVICE Loaded& loaded_of(Shared& shared, int c) { return shared.loaded[(c + AHEAD) % AHEAD]; }
+DEVICE Made& made_of(Shared& shared, int c) { return shared.made[(c + 3) % 3]; }
+
+// `saved` and those after it, `apart`: S0 of every chunk.
+DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const (&inputs)[LOADS], const f16* saved, i64 apart) {
+  const Lane l(FINISHERS + WALKERS);
+  auto request = [&](int c) {
+    if (c < 0) return copy_commit();
+    Loaded& to = loaded_of(shared, c);
+#pragma unroll
+    for (int at = 0; at < N * N; at += 8 * 32 * MAKERS) {
+      int mine = at + 8 * (32 * l.warp + l.lane);
+      copy_async(to.S0 + mine, saved + c * apart + mine, true);
+    }
+    fetch<MAKERS>(to.inputs, inputs, s, c, l);
+  };
+  auto sum = [&](int c) {
+    if (c >= 0) sum_decay<false>(shared.running[c & 3], shared.decay[c & 3], loaded_of(shared, c).inputs[log_w_], l);
+  };
+  request(chunks - 1), request(chunks - 2);
+  copy_wait<1>();
+  sync_threads();
+  sum(chunks - 1);
+  sync_threads();
+  for (int c = chunks - 1; c >= -2; c--) {
+    Made& made = made_of(shared, c);
+    auto& inputs = loaded_of(shared, c).inputs;
+    if (c >= 0)
+#pragma unroll
+      for (int part = 0; part < 2; part++)
+        prepare<dense_at>(made.chunk, inputs, shared.running[c & 3], made.K_rest, (f16*)inputs[log_w_], 2 * l.warp + 8 * part, 0, l);
+    sync_group(MAKING, 32 * MAKERS);  // the operands are here
+    request(c - 2);
+    if (c >= 0) relate(made.chunk, made.squares, shared.scratch, l);
+    copy_wait<1>();
+    sync_group(MAKING, 32 * MAKERS);  // their products are here, and the inputs of the next chunk
+    sum(c - 1);
+    if (c >= 0) {
+      u32 v_t[4], x[4], b[4];
+      float z[2][4] = {}, f[2][4] = {};
+#pragma unroll
+      for (int key = 0; key < N; key += 16) {
+        left<state_at>(x, loaded_of(shared, c).S0, l, l.value, key);
+        right_of_transposed<tokens_at>(b, made.chunk.A, l, 0, key);
+        multiply_add(z, x, b);
+      }
+      left_of_transposed<tokens_at>(v_t, made.chunk.V, l, l.value, 0);
+      right_of_transposed<square_at>(b, made.squares[ak_], l, 0, 0);
+      multiply_add(z, v_t, b);
+      solve(f, z, made.squares, l);
+      as_operand(x, f, -1);
+      store_operand<square_at>(made.minus_f, x, l.value, 0, l);
+    }
+    sync_threads();
+  }
+  copy_wait<0>();
+}
+
+// G is `dlast` at the end, if that is given, and goes to `dstate`.
+DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dlast, OUT* dv, float* dstate) {
+  const Lane l(FINISHERS);
+  float G[N / 8][4] = {};
+  if (dlast) load_state(G, dlast, l);
+  int token = 2 * l.warp + (l.lane >> 4), channel = 4 * (l.lane & 15);  // and eight tokens later
+  sync_threads();
+  sync_threads();
+  for (int c = chunks; c >= -1; c--) {
+    bool there = c >= 0 && c < chunks;
+    Walked& walked = shared.walked[c & 1];
+    const Loaded& loaded = loaded_of(shared, c);
+    const Made& made = made_of(shared, c);
+    const Known known{made.chunk, loaded.S0, made.minus_f, walked.P, walked.dz, walked.dY};
+    float4 factors[N / 16];
+    float minus[2][4] = {};
+    u32 p[N / 16][4], dy_t[4], dz_t[4], x[4], b[4];
+    float top = 0;
+#pragma unroll
+    for (int w = 0; w < WALKERS; w++) top = largest(top, shared.largest[w]);
+    const Unit unit(top);
+    if (there) {
+      if (l.warp == 0 && l.lane == 0) walked.exponent = unit.exponent;
+#pragma unroll
+      for (int part = 0; part < 2; part++)
+        store_split<tokens_at>(walked.dY, token + 8 * part, channel, load_four(loaded.inputs[dY_] + raw_at(token + 8 * part, channel)) * unit.up());
+      load_factors(factors, shared.decay[c & 3], l);
+      scale(G, factors, unit.up(), l);  // now P
+      as_operand(p, G);
+      const f16* E_rest = (const f16*)loaded.inputs[log_w_];
+#pragma unroll
+      for (int key = 0; key < N; key += 16) {
+        right_of_transposed<tokens_at>(b, made.chunk.E, l, 0, key);
+        multiply_add(minus, p[key / 16], b);
+        right_of_transposed<dense_at>(b, E_rest, l, 0, key);
+        multiply_add(minus, p[key / 16], b);
+      }
+#pragma unroll
+      for (int key = 0; key < N; key += 16) store_operand<state_at>(walked.P, p[key / 16], l.value, key, l);
+    }
+    sync_group(WALKING, 32 * WALKERS);  // dY is here
+    if (there) {
+      float dz[2][4] = {};
+      left_of_transposed<tokens_at>(dy_t, walked.dY, l, l.value, 0);
+      right<square_at>(b, made.squares[re_], l, 0, 0);
+      multiply_add(minus, dy_t, b);
+      as_operand(x, minus, -1);
+      right<square_at>(b, made.squares[X_], l, 0, 0);
+      multiply_add(dz, x, b);
+      as_operand(dz_t, dz);
+      sum_values(walked.carry[l.warp], G, loaded.S0, l);
+      add_product(G, dy_t, made.chunk.R, l);
+      add_product(G, dz_t, made.chunk.A, l);
+      scale(G, factors, unit.down(), l);
+      store_operand<square_at>(walked.dz, dz_t, l.value, 0, l);
+    }
+    sync_group(WALKING, 32 * WALKERS);  // dz is here
+    if (c > 0) {  // how large the gradients are at the end of the next chunk: of its tokens, and of the state after it
+      const IO* dY = loaded_of(shared, c - 1).inputs[dY_];
+      float top = 0;
+      auto reach = [&](float x) { top = largest(top, magnitude(x)); return x; };
+      each(load_four(dY + raw_at(token, channel)), reach);
+      each(load_four(dY + raw_at(token + 8, channel)), reach);
+      each_four(G, l, [&](int, int, float4& x) { each(x, reach); });
+      top = bits_float(largest_of_warp(float_bits(top)));  // what is not negative sorts as its bits do
+      if (l.lane == 0) shared.largest[l.warp] = top;
+    }
+    if (there) {
+      float product[2][4] = {}, dV[2][4] = {};
+      score_gradients(product, known, l.warp, l);
+#pragma unroll
+      for (int key = 0; key < N; key += 16) {
+        left<tokens_at>(x, made.chunk.K, l, 0, key);
+        multiply_add_flipped(dV, x, p[key / 16]);
+        left<tokens_at>(x, made.K_rest, l, 0, key);
+        multiply_add_flipped(dV, x, p[key / 16]);
+      }
+      left_of_transposed<square_at>(x, made.squares[rk_], l, 0, 0);
+      multiply_add_flipped(dV, x, dy_t);
+      left_of_transposed<square_at>(x, made.squares[ak_], l, 0, 0);
+      multiply_add_flipped(dV, x, dz_t);
+#pragma unroll
+      for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= unit.down();
+      store_scores(walked.dscores, product, l.warp, l);
+      store_tokens(dv, dV, s, c, l.value, l);
+    }
+    sync_threads();
+  }
+  each_four(G, l, [&](int value, int key, float4& x) { store_four(dstate + value * N + key, x); });
+}
+
+DEVICE void finish(Shared& shared, const Sequence& s, int chunks, const Outputs& to) {
+  const Lane l(0, 2);
+  sync_threads();
+  sync_threads();
+  for (int c = chunks + 1; c >= 0; c--) {
+    bool there = c < chunks;
+    const Walked& walked = shared.walked[c & 1];
+    const Made& made = made_of(shared, c);
+    Loaded& loaded = loaded_of(shared, c);
+    const Known known{made.chunk, loaded.S0, made.minus_f, walked.P, walked.dz, walked.dY};
+    const float* running = shared.running[c & 3];
+    const Unit unit(walked.exponent);
+    Share share(l.warp);
+    if (there) {
+      share.from_states(known, l);
+      float4 carry = share.carry(made.chunk, walked.carry, l);
+      share.from_scores(made.chunk, walked.dscores, l);
+      share.give(loaded.inputs, carry, running, unit, l);
+    }
+    sync_group(FINISHING + l.warp / 2, 64);  // the other warp's part is here
+    if (there) share.store(to, loaded.inputs, loaded.inputs, running, unit, s, c, l);
+    sync_threads();
+  }
+}
+
+KERNEL(THREADS, 1) wkv7_backward_wide(
+    const IO* r, const IO* log_w, const IO* k, const IO* v, const IO* kappa, const IO* a,
+    const float*,           // the first state is in `saved`
+    const int* cu_seqlens,  // [S + 1] or null
+    const f16* saved,       // [D, slots, rows, H, N, N], STATE
+    const IO* dy,           // [D, rows, T, H, N]
+    const float* dlast,     // [D, S, H, N, N] or null
+    OUT* dr, OUT* dlog_w, OUT* dk, OUT* dv, OUT* dkappa, OUT* da,  // [D, rows, T, H, N]
+    float* dstate,          // [D, S, H, N, N]
+    i64 T, int heads, int rows, i64 slots, int reverse) {
+  Shared& shared = *(Shared*)shared_memory();
+  int head = block_x() % heads, s = block_x() / heads, warp = Lane().warp;
+  i64 d = block_y(), here = (d * blocks_x() + block_x()) * N * N, whole = d * rows * T * heads * N;
+  const Sequence sequence(cu_seqlens, s, head, heads, T, d + reverse == 1);
+  int chunks = (sequence.length + Q - 1) / Q;
+  if (warp < FINISHERS) {
+    finish(shared, sequence, chunks, {dr, dlog_w, dk, dv, dkappa, da, whole});
+  } else if (warp < FINISHERS + WALKERS) {
+    walk(shared, sequence, chunks, dlast ? dlast + here : nullptr, dv + whole, dstate + here);
+  } else {
+    const IO* inputs[LOADS] = {r, log_w, k, v, kappa, a, dy + whole};
+    const f16* first = saved + saved_at(sequence, cu_seqlens, d, s, 0, slots, rows, head, heads);
+    make(shared, sequence, chunks, inputs, first, (i64)rows * heads * N * N);
+  }
+}
+
+SIZES(THREADS, sizeof(Shared));

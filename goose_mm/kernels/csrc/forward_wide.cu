@@ -1,0 +1,95 @@
+// y, the last state, and S0 of every chunk, where blocks are few and each has a multiprocessor for itself.
+//
+// Two groups of four makers make a chunk each, while four readers, each with 16 rows of the state, read the two before.
+#include "reading.cuh"
+
+constexpr int READERS = WARPS, MAKERS = 4, GROUPS = 2, THREADS = 32 * (READERS + GROUPS * MAKERS);
+constexpr int STAGES = 3;  // of a group's inputs
+
+struct Made {
+  Chunk chunk;
+  f16 K_rest[Q * ROW], E_rest[Q * ROW];
+  Squares squares;
+};
+struct Shared {
+  IO inputs[GROUPS][STAGES][INPUTS][Q * N];
+  Made made[2 * GROUPS];
+  float decay[8][N];  // exp(c), and 1 before the first chunk
+  float running[GROUPS][SUMS], scratch[GROUPS][Q * Q];
+};
+
+// Every second chunk, from that of the group's number on.
+DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const IO* const (&inputs)[INPUTS]) {
+  const Lane l(READERS + group * MAKERS);
+  auto inputs_of = [&](int c) -> IO(&)[INPUTS][Q * N] { return shared.inputs[group][c / GROUPS % STAGES]; };
+  auto request = [&](int c) {
+    if (c < chunks) fetch<MAKERS>(inputs_of(c), inputs, s, c, l);
+    else copy_commit();
+  };
+  auto sum = [&](int c) {
+    if (c < chunks) sum_decay<true>(shared.running[group], shared.decay[c & 7], inputs_of(c)[log_w_], l);
+  };
+  request(group), request(group + GROUPS);
+  copy_wait<1>();
+  sync_threads();
+  sum(group);
+  sync_threads();
+  for (int c = group; c < chunks + group + GROUPS; c += GROUPS) {
+    Made& made = shared.made[c % (2 * GROUPS)];
+    request(c + 2 * GROUPS);
+    if (c < chunks)
+#pragma unroll
+      for (int part = 0; part < 2; part++)
+        prepare<tokens_at>(made.chunk, inputs_of(c), shared.running[group], made.K_rest, made.E_rest, 2 * l.warp + 8 * part, 0, l);
+    copy_wait<1>();
+    sync_group(1 + group, 32 * MAKERS);  // the operands are here, and the inputs of the next chunk
+    sum(c + GROUPS);
+    if (c < chunks) relate(made.chunk, made.squares, shared.scratch[group], l);
+    sync_threads();
+  }
+  copy_wait<0>();
+}
+
+KERNEL(THREADS, 1) wkv7_forward_wide(
+    const IO* r, const IO* log_w, const IO* k, const IO* v, const IO* kappa, const IO* a,
+    const float* state,     // [D, S, H, N, N] or null
+    const int* cu_seqlens,  // [S + 1] or null
+    IO* y,                  // [D, rows, T, H, N]
+    float* last,            // [D, S, H, N, N]
+    f16* saved,             // [D, slots, rows, H, N, N], STATE, or null
+    i64 T, int heads, int rows, i64 slots, int reverse) {
+  Shared& shared = *(Shared*)shared_memory();
+  int head = block_x() % heads, s = block_x() / heads, warp = Lane().warp;
+  i64 d = block_y(), here = (d * blocks_x() + block_x()) * N * N;
+  const Sequence sequence(cu_seqlens, s, head, heads, T, d + reverse == 1);
+  int chunks = (sequence.length + Q - 1) / Q;
+  if (warp >= READERS) {
+    const IO* inputs[INPUTS] = {r, log_w, k, v, kappa, a};
+    make(shared, sequence, chunks, (warp - READERS) / MAKERS, inputs);
+    return;
+  }
+
+  const Lane l;
+  float S[N / 8][4] = {};
+  if (state) load_state(S, state + here, l);
+  for (int i = thread(); i < N; i += 32 * READERS) shared.decay[-1 & 7][i] = 1;
+  f16* to = saved + saved_at(sequence, cu_seqlens, d, s, 0, slots, rows, head, heads);
+  y += d * rows * T * heads * N;
+  sync_threads();
+  sync_threads();
+  for (int first = -GROUPS; first < chunks; first += GROUPS) {
+    for (int c = first < 0 ? 0 : first; c < first + GROUPS && c < chunks; c++) {
+      const Made& made = shared.made[c % (2 * GROUPS)];
+      u32 s0[N / 16][4];
+      read(S, s0, made.chunk, made.K_rest, made.E_rest, made.squares, shared.decay[c - 1 & 7], shared.decay[c & 7], y, sequence, c, l);
+      if (!saved) continue;
+#pragma unroll
+      for (int k = 0; k < N / 16; k++) store_operand<state_at>(to + (i64)c * rows * heads * N * N, s0[k], l.value, 16 * k, l);
+    }
+    sync_threads();
+  }
+  const float* old = shared.decay[chunks - 1 & 7];
+  each_four(S, l, [&](int value, int key, float4& x) { store_four(last + here + value * N + key, x * load_four(old + key)); });
+}
+
+SIZES(THREADS, sizeof(Shared));

@@ -1,0 +1,190 @@
+// Gradients of the tokens of a chunk, once P, the gradient of the state at its end, is known:
+//   dz = -X^T (E P^T + re^T dY)                      of the right-hand side of the system for f
+//   dV = K P^T + rk^T dY + ak^T dz
+//   drk, dre = dY V^T, -dY f^T    dak, dae = dz V^T, -dz f^T                  below the diagonal
+//   dR = dY S0 + drk K + dre E                  dA = dz S0 + dak K + dae E
+//   dK = V P + drk^T R + dak^T A                dE = -f P + dre^T R + dae^T A
+// dY and P are scaled by a power of two to be at most 1, as gradients may be too small for f16.
+#pragma once
+#include "chunk.cuh"
+
+enum { dY_ = INPUTS, LOADS };
+enum { drk_, dre_, dak_, dae_ };
+
+// What is known of a chunk, in shared memory.
+struct Known {
+  const Chunk& chunk;
+  const f16 *S0, *minus_f;  // STATE, SQUARE [values, tokens]
+  const f16 *P, *dz, *dY;   // STATE, SQUARE [values, tokens], TOKENS
+};
+
+// That power of two, from the largest gradient.
+struct Unit {
+  u32 exponent;
+  METHOD Unit(float top) {
+    exponent = float_bits(top) >> 23;
+    exponent = exponent < 32 ? 32 : exponent > 222 ? 222 : exponent;
+  }
+  METHOD explicit Unit(u32 known) : exponent(known) {}
+  METHOD float up() const { return bits_float((254 - exponent) << 23); }
+  METHOD float down() const { return bits_float(exponent << 23); }
+  // exp2 of each, times `down`
+  METHOD float4 power(float4 x) const {
+    float shift = (int)exponent - 127;
+    return each(x, [&](float y) { return exp2_fast(y + shift); });
+  }
+};
+
+// Where the gradients of the inputs go, from `at` on.
+struct Outputs {
+  OUT *r, *log_w, *k, *v, *kappa, *a;
+  i64 at;
+};
+
+// The gradients of the products of reads and keys: `which` of drk, dre, dak, dae.
+DEVICE void score_gradients(float (&product)[2][4], const Known& of, int which, const Lane& l) {
+  u32 given[N / 16][4], met[N / 16][4];
+  if (which < 2) {
+#pragma unroll
+    for (int i = 0; i < N / 16; i++) left<tokens_at>(given[i], of.dY, l, 0, 16 * i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N / 16; i++) left_of_transposed<square_at>(given[i], of.dz, l, 0, 16 * i);
+  }
+  if (which & 1) {
+#pragma unroll
+    for (int i = 0; i < N / 16; i++) right<square_at>(met[i], of.minus_f, l, 16 * i, 0);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N / 16; i++) right_of_transposed<tokens_at>(met[i], of.chunk.V, l, 0, 16 * i);
+  }
+#pragma unroll
+  for (int i = 0; i < N / 16; i++) multiply_add(product, given[i], met[i]);
+}
+DEVICE void store_scores(Squares& to, const float (&product)[2][4], int which, const Lane& l) {
+  store_lower(to[which], product[0], 0, which < 2 ? 0 : 1, l);
+  store_lower(to[which], product[1], 8, which < 2 ? 0 : 1, l);
+}
+
+// Two warps share 16 keys: one is in charge of the reads, R and A, the other (`keys`) of the keys, K and E.
+struct Share {
+  bool keys;
+  int first;                             // of the 16 keys
+  float one[2][4] = {}, two[2][4] = {};  // dR and dA, or dK and dE
+  u32 One[2][2], Two[2][2];              // what of R and A, or K and E, stands where they do
+  float4 reach[2];
+  METHOD Share(int warp) : keys(warp & 1), first(warp / 2 * 16) {}
+
+  // What comes from the states.
+  METHOD void from_states(const Known& of, const Lane& l) {
+    const f16 *y = keys ? of.chunk.V : of.dY, *z = keys ? of.minus_f : of.dz, *to = keys ? of.P : of.S0;
+    u32 x[4], b[4];
+#pragma unroll
+    for (int value = 0; value < N; value += 16) {
+      right<state_at>(b, to, l, value, first);
+      left<tokens_at>(x, y, l, 0, value);
+      multiply_add(one, x, b);
+      left_of_transposed<square_at>(x, z, l, 0, value);
+      multiply_add(two, x, b);
+    }
+  }
+
+  // What the end of the chunk passes on to every decay in it: sum over values of P and the state (`sums`, by parts), and
+  // over tokens of the keys that enter it.
+  METHOD float4 carry(const Chunk& chunk, const float (&sums)[WARPS][N], const Lane& l) {
+    float4 sum = {0, 0, 0, 0};
+    int at = tokens_at(l.group, first + l.pair);
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        One[t][h] = *(const u32*)((keys ? chunk.K : chunk.R) + at + 8 * (t * ROW + h));
+        Two[t][h] = *(const u32*)((keys ? chunk.E : chunk.A) + at + 8 * (t * ROW + h));
+      }
+    if (!keys) return sum;
+#pragma unroll
+    for (int t = 0; t < 2; t++) sum = sum + unpack_split(One[t]) * four_of(one, t) + unpack_split(Two[t]) * four_of(two, t);
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) sum = sum + each(sum, [&](float x) { return shuffle_xor(x, mask); });
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum = sum + load_four(sums[w] + first + l.four);
+    return sum;
+  }
+
+  // What comes from the other tokens of the chunk.
+  METHOD void from_scores(const Chunk& chunk, const Squares& scores, const Lane& l) {
+    u32 low[4], high[4], x[4];
+    right<tokens_at>(low, keys ? chunk.R : chunk.K, l, 0, first);
+    right<tokens_at>(high, keys ? chunk.A : chunk.E, l, 0, first);
+    if (keys) {
+      left_of_transposed<square_at>(x, scores[drk_], l, 0, 0);
+      multiply_add(one, x, low);
+      left_of_transposed<square_at>(x, scores[dak_], l, 0, 0);
+      multiply_add(one, x, high);
+      left_of_transposed<square_at>(x, scores[dre_], l, 0, 0);
+      multiply_add(two, x, low);
+      left_of_transposed<square_at>(x, scores[dae_], l, 0, 0);
+      multiply_add(two, x, high);
+    } else {
+      left<square_at>(x, scores[drk_], l, 0, 0);
+      multiply_add(one, x, low);
+      left<square_at>(x, scores[dre_], l, 0, 0);
+      multiply_add(one, x, high);
+      left<square_at>(x, scores[dak_], l, 0, 0);
+      multiply_add(two, x, low);
+      left<square_at>(x, scores[dae_], l, 0, 0);
+      multiply_add(two, x, high);
+    }
+  }
+
+  // What reaches the decay of a token from the reads at it and later but its own A, and from the keys.
+  // Half of that is for the other warp: written to `exchange`, which has 8 KB.
+  METHOD void give(void* exchange, float4 carry, const float* running, const Unit& unit, const Lane& l) {
+    float4 sent[2];
+#pragma unroll
+    for (int t = 1; t >= 0; t--) {
+      float4 own = unpack_split(Two[t]) * four_of(two, t);
+      reach[t] = unpack_split(One[t]) * four_of(one, t) + own;
+#pragma unroll
+      for (int by = 1; by < 8; by *= 2)
+        reach[t] = each(reach[t], [&](float x) {
+          float later = shuffle_down(x, 4 * by);
+          if (l.group + by < 8) x += later;
+          return x;
+        });
+      sent[t] = own;
+    }
+    reach[0] = reach[0] + each(reach[1], [&](float x) { return shuffle(x, l.lane & 3); });
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+      float4 before = load_four(running + (l.group + 8 * t) * RUNNING + first + l.four);
+      if (keys) sent[t] = carry - reach[t];
+      else reach[t] = reach[t] - sent[t], sent[t] = four_of(two, t) * unit.power(before);
+      place_of(exchange, l.warp, t, l) = sent[t];
+    }
+  }
+  METHOD static float4& place_of(const void* exchange, int warp, int t, const Lane& l) {
+    return ((float4*)exchange)[l.lane + 32 * (2 * warp + t)];
+  }
+
+  // The gradients of the inputs, of chunk `at`.
+  METHOD void store(const Outputs& to, const IO (&inputs)[LOADS][Q * N], const void* exchange, const float* running, const Unit& unit, const Sequence& s, int at, const Lane& l) {
+    int key = first + l.four;
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+      int token = l.group + 8 * t;
+      if (at * Q + token >= s.length) continue;
+      float4 g = load_four(running + (token + 1) * RUNNING + key), given = place_of(exchange, l.warp ^ 1, t, l);
+      i64 here = to.at + s.token(at * Q + token) + key;
+      if (keys) {
+        float4 shrunk = unit.power(g * -1), erased = four_of(two, t) * shrunk;
+        store_four(to.k + here, four_of(one, t) * shrunk);
+        store_four(to.kappa + here, given + load_four(inputs[a_] + raw_at(token, key)) * erased);
+        store_four(to.a + here, load_four(inputs[kappa_] + raw_at(token, key)) * erased);
+      } else {
+        store_four(to.r + here, four_of(one, t) * unit.power(g));
+        store_four(to.log_w + here, (reach[t] + given) * unit.down());
+      }
+    }
+  }
+};
