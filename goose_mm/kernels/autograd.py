@@ -34,15 +34,18 @@ def scan(
     direction: str,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """y `[D, B, T, H, N]` and the last states `[D, S, H, N, N]`, with gradients to all inputs."""
+    """y `[*D, B, T, H, N]` and the last states `[*D, S, H, N, N]`, with gradients to all inputs.
+
+    Two directions are stacked, one is not.
+    """
     tensors = inputs if state is None else (*inputs, state)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     arguments = (*inputs, state, cu_seqlens, direction, kernel, save)
     if torch.compiler.is_compiling() or not all(type(x) in PLAIN for x in tensors):
         y, last, _ = wkv7_forward(*arguments)
-    else:  # to call an operator written in Python takes longer than many a scan
-        y, last = Scan.apply(*arguments)
-    return y, last
+        return (y, last) if direction == "both" else (y.squeeze(0), last.squeeze(0))
+    # to call an operator written in Python takes longer than many a scan
+    return Scan.apply(*arguments)
 
 
 def host_offsets(cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
@@ -163,12 +166,13 @@ class Scan(torch.autograd.Function):
     def forward(ctx, *arguments):
         y, last, saved = run_forward(*arguments)
         save_for_backward(ctx, arguments, (y, last, saved))
-        return y, last
+        return (y, last) if ctx.direction == "both" else (y.squeeze(0), last.squeeze(0))
 
     @staticmethod
     def backward(ctx, *given):
-        dy, dlast = given
-        return gradients(ctx, dy, dlast, run_backward)
+        if ctx.direction != "both":
+            given = [None if x is None else x.unsqueeze(0) for x in given]
+        return gradients(ctx, *given, run_backward)
 
 
 def gradients(

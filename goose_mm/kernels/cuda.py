@@ -157,9 +157,11 @@ def backward(
     B, T, H, N = r.shape
     D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
     dy = r.new_zeros(D, B, T, H, N) if dy is None else cast(dy, r.dtype).contiguous()
-    out = r.dtype if D == 1 else torch.float32
-    shape = r.shape if D == 1 else (D, *r.shape)
-    grads = [r.new_empty(shape, dtype=out) for _ in inputs]
+    if D == 1:
+        grads, out = [torch.empty_like(x) for x in inputs], r.dtype
+    else:
+        out = torch.float32
+        grads = [r.new_empty(D, B, T, H, N, dtype=out) for _ in inputs]
     first = r.new_empty(D, S, H, N, N, dtype=torch.float32)
     launch(
         "backward", r, out, spacing(r, D, S, True), (S * H, D),

@@ -70,9 +70,8 @@ def wkv7(
         with without_autocast(r.device):
             offsets = host_offsets(cu_seqlens, r.shape[1])
             y, last = by_definition(inputs, state, offsets, REVERSE[direction])
-    else:
-        y, last = scan(inputs, state, cu_seqlens, direction, kernel)
-    return (y, last) if stacked else (y.squeeze(0), last.squeeze(0))
+        return (y, last) if stacked else (y.squeeze(0), last.squeeze(0))
+    return scan(inputs, state, cu_seqlens, direction, kernel)
 
 
 def available_kernels() -> dict[str, str]:
