@@ -16,6 +16,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+import goose_mm
 from goose_mm.cli import main
 from goose_mm.eval import runner
 from goose_mm.eval.command import open_task, parse_shard
@@ -199,6 +200,19 @@ def test_killed_or_sharded_a_run_gives_the_same_report(lambada, tmp_path, monkey
     ]
     assert [p.wait() for p in both] == [0, 0]
     assert report_of(killed) == report_of(whole) == report_of(shared)
+
+
+def test_wherever_a_run_was_cut_off_the_report_is_the_same(lambada, tmp_path):
+    """Also in the middle of a batch: what is left is predicted in the company it had."""
+    task, model = open_task("lambada", lambada, OPTIONS), goose_mm.load("goose-tiny-text")
+    runner.run(task, model, "tiny", tmp_path / "whole", quiet=True)
+    lines = (tmp_path / "whole" / "predictions-0-of-1.jsonl").read_text().splitlines(keepends=True)
+    for kept in (1, 21, 59):
+        out = tmp_path / str(kept)
+        out.mkdir()
+        (out / "predictions-0-of-1.jsonl").write_text("".join(lines[:kept]))
+        runner.run(task, model, "tiny", out, quiet=True)
+        assert report_of(out) == report_of(tmp_path / "whole")
 
 
 def test_predictions_from_elsewhere(vqav2, tmp_path, capsys):

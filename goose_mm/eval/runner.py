@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,20 +42,27 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     settle(out, {"model": name, "weights": digest(model.state_dict())[:16], **describe(task)})
-    mine = grouped(task.items)[shard[0] :: shard[1]]
+    groups, size = grouped(task.items), BATCH[task.kind]
+    # whoever predicts a batch predicts it whole: other batches would round otherwise
+    batches = [groups[start : start + size] for start in range(0, len(groups), size)]
     file = out / f"predictions-{shard[0]}-of-{shard[1]}.jsonl"
     with exclusively(file) as stream:
         done = read_predictions(out, task)
-        todo = [[item for item in group if item.id not in done] for group in mine]
-        waiting = iter([group for group in todo if group])
-        bar = tqdm(total=sum(map(len, todo)), unit="item", file=sys.stderr, disable=quiet or None)
-        while some := list(islice(waiting, BATCH[task.kind])):
+        lefts = [
+            (batch, sum(item.id not in done for group in batch for item in group))
+            for batch in batches[shard[0] :: shard[1]]
+        ]
+        todo = [(batch, left) for batch, left in lefts if left]
+        total = sum(left for _, left in todo)
+        bar = tqdm(total=total, unit="item", file=sys.stderr, disable=quiet or None)
+        for batch, left in todo:
             begin = time.perf_counter()
-            answers = task.predict(model, some)
-            seconds = (time.perf_counter() - begin) / sum(map(len, some))
-            for group, predicted in zip(some, answers, strict=True):
-                write(stream, group, predicted, seconds)
-                bar.update(len(group))
+            answers = task.predict(model, batch)
+            seconds = (time.perf_counter() - begin) / left
+            for group, predicted in zip(batch, answers, strict=True):
+                pairs = [(i, p) for i, p in zip(group, predicted, strict=True) if i.id not in done]
+                write(stream, pairs, seconds)
+                bar.update(len(pairs))
         bar.close()
     return finish(task, out)
 
@@ -109,11 +115,11 @@ def exclusively(file: Path) -> Iterator[TextIO]:
         yield stream
 
 
-def write(stream: TextIO, group: Sequence[Item], predicted: Sequence[Any], seconds: float) -> None:
+def write(stream: TextIO, predicted: Sequence[tuple[Item, Any]], seconds: float) -> None:
     """Lines of one group, in one piece."""
     lines = (
         {"id": item.id, "prediction": prediction, "seconds": round(seconds, 4)}
-        for item, prediction in zip(group, predicted, strict=True)
+        for item, prediction in predicted
     )
     stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     stream.flush()
