@@ -196,7 +196,8 @@ def test_a_clip_is_read_once_in_shards_and_after_a_kill(layout, usual, tmp_path,
     (tmp_path / "shared" / "report.json").unlink()
     read.clear()
     assert run(data, tmp_path / "shared", "--shard", "0/2") == 0
-    assert report(tmp_path / "shared") == usual[True] and len(read) == len(lines) - 1
+    assert report(tmp_path / "shared") == usual[True]
+    assert len(read) == len(set(read)) == len(lines)  # one batch, which is predicted whole
 
 
 def test_waveforms_are_those_of_the_files(tmp_path):

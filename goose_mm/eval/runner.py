@@ -1,4 +1,4 @@
-"""Runs a task: predictions are written as they come, and what is written is never done again.
+"""Runs a task: predictions are written as they come, and what is written stays.
 
 The folder of a run holds `settings.json`, what the run is; `predictions-I-of-N.jsonl`, one file for
 each process; `cost.json`; and, once every item has a prediction, the report. A run that was killed
@@ -48,17 +48,17 @@ def run(
     file = out / f"predictions-{shard[0]}-of-{shard[1]}.jsonl"
     with exclusively(file) as stream:
         done = read_predictions(out, task)
-        lefts = [
-            (batch, sum(item.id not in done for group in batch for item in group))
-            for batch in batches[shard[0] :: shard[1]]
-        ]
-        todo = [(batch, left) for batch, left in lefts if left]
-        total = sum(left for _, left in todo)
+
+        def left(batch: list[list[Item]]) -> int:
+            return sum(item.id not in done for group in batch for item in group)
+
+        todo = [batch for batch in batches[shard[0] :: shard[1]] if left(batch)]
+        total = sum(map(left, todo))
         bar = tqdm(total=total, unit="item", file=sys.stderr, disable=quiet or None)
-        for batch, left in todo:
+        for batch in todo:
             begin = time.perf_counter()
             answers = task.predict(model, batch)
-            seconds = (time.perf_counter() - begin) / left
+            seconds = (time.perf_counter() - begin) / left(batch)
             for group, predicted in zip(batch, answers, strict=True):
                 pairs = [(i, p) for i, p in zip(group, predicted, strict=True) if i.id not in done]
                 write(stream, pairs, seconds)
