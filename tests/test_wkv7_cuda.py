@@ -32,17 +32,21 @@ def check(inputs, exact, *rest, dtype, limit=None, **extra):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "N", "B", "T", "H", "with_state", "direction"),
+    ("dtype", "N", "B", "T", "H", "with_state", "direction", "wide"),
     [
-        (torch.float32, 64, 2, 33, 3, True, "both"),
-        (torch.bfloat16, 64, 1, 100, 2, True, "forward"),
-        (torch.bfloat16, 64, 1, 65, 1, False, "both"),
-        (torch.float16, 64, 1, 113, 1, True, "backward"),
-        (torch.float32, 64, 1, 16, 1, False, "forward"),
-        (torch.float32, 64, 1, 1, 3, True, "backward"),
-        (torch.float32, 128, 1, 37, 1, True, "forward"),
-        (torch.bfloat16, 128, 1, 49, 2, False, "backward"),
+        (torch.float32, 64, 2, 33, 3, True, "both", False),
+        (torch.float32, 64, 1, 16, 1, False, "forward", False),
+        (torch.float32, 64, 1, 1, 3, True, "backward", False),
+        (torch.float32, 128, 1, 37, 1, True, "forward", False),
+        (torch.bfloat16, 128, 1, 49, 2, False, "backward", False),
+        (torch.bfloat16, 64, 1, 100, 2, True, "forward", False),
+        (torch.float16, 64, 1, 113, 1, True, "backward", False),
+        (torch.bfloat16, 64, 2, 33, 2, True, "forward", True),
+        (torch.bfloat16, 64, 1, 65, 1, False, "both", True),
+        (torch.float16, 64, 1, 113, 1, True, "backward", True),
+        (torch.float16, 64, 1, 1, 1, False, "forward", True),
     ],
+    indirect=["wide"],
 )
 def test_kernel_equals_reference(dtype, N, B, T, H, with_state, direction, wide):
     D = (2,) if direction == "both" else ()

@@ -170,9 +170,10 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *given):
+        dy, dlast = given
         if ctx.direction != "both":
-            given = [None if x is None else x.unsqueeze(0) for x in given]
-        return gradients(ctx, *given, run_backward)
+            dy, dlast = (None if x is None else x.unsqueeze(0) for x in given)
+        return gradients(ctx, dy, dlast, run_backward)
 
 
 def gradients(
