@@ -43,9 +43,14 @@ def scan(
     arguments = (*inputs, state, cu_seqlens, direction, kernel, save)
     if torch.compiler.is_compiling() or not all(type(x) in PLAIN for x in tensors):
         y, last, _ = wkv7_forward(*arguments)
-        return (y, last) if direction == "both" else (y.squeeze(0), last.squeeze(0))
+        return unstacked(direction, y, last)
     # to call an operator written in Python takes longer than many a scan
     return Scan.apply(*arguments)
+
+
+def unstacked(direction: str, y: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the axis of directions, unless there are two."""
+    return (y, last) if direction == "both" else (y.squeeze(0), last.squeeze(0))
 
 
 def host_offsets(cu_seqlens: Tensor | None, tokens: int) -> list[int] | None:
@@ -166,7 +171,7 @@ class Scan(torch.autograd.Function):
     def forward(ctx, *arguments):
         y, last, saved = run_forward(*arguments)
         save_for_backward(ctx, arguments, (y, last, saved))
-        return (y, last) if ctx.direction == "both" else (y.squeeze(0), last.squeeze(0))
+        return unstacked(ctx.direction, y, last)
 
     @staticmethod
     def backward(ctx, *given):

@@ -8,7 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goose_mm.kernels.autograd import KERNELS, REVERSE, host_offsets, scan, without_autocast
+from goose_mm.kernels.autograd import (
+    KERNELS,
+    REVERSE,
+    host_offsets,
+    scan,
+    unstacked,
+    without_autocast,
+)
 from goose_mm.kernels.reference import by_definition
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences)
@@ -61,8 +68,7 @@ def wkv7(
     CUDA device.
     """
     kernel = choose(kernel, r.device, r.dtype, r.shape[-1])
-    stacked = direction == "both"
-    if state is not None and not stacked:
+    if state is not None and direction != "both":
         state = state[None]
     inputs = (r, log_w, k, v, kappa, a)
     check(inputs, state, cu_seqlens, direction)
@@ -70,7 +76,7 @@ def wkv7(
         with without_autocast(r.device):
             offsets = host_offsets(cu_seqlens, r.shape[1])
             y, last = by_definition(inputs, state, offsets, REVERSE[direction])
-        return (y, last) if stacked else (y.squeeze(0), last.squeeze(0))
+        return unstacked(direction, y, last)
     return scan(inputs, state, cu_seqlens, direction, kernel)
 
 

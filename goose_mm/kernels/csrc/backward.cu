@@ -201,7 +201,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         right<tokens_at>(b, shared.dY, l, 0, l.value);
         multiply_add(dV, x, b);
       } else {
-        float minus[2][4] = {}, dz[2][4] = {};
+        float minus[2][4] = {};
 #pragma unroll
         for (int key = 0; key < N; key += 16) {
           left<state_at>(x, back.P, l, l.value, key);
@@ -210,12 +210,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
           right_of_transposed<dense_at>(b, E_rest, l, 0, key);
           multiply_add(minus, x, b);
         }
-        right<square_at>(b, found.squares[re_], l, 0, 0);
-        multiply_add(minus, dy_t, b);
-        as_operand(x, minus, -1);
-        right<square_at>(b, found.squares[X_], l, 0, 0);
-        multiply_add(dz, x, b);
-        as_operand(dz_t, dz);
+        solve_back(dz_t, minus, dy_t, found.squares, l);
         store_operand<square_at>(back.dz, dz_t, l.value, 0, l);
       }
       sync_threads();  // dz is here

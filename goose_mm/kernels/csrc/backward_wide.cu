@@ -21,13 +21,13 @@ struct Made {
   f16 minus_f[N * Q];       // SQUARE [values, tokens]
   Squares squares;
 };
-struct Walked {
+struct alignas(16) Walked {
   f16 P[N * N];             // STATE
   f16 dz[N * Q];            // SQUARE [values, tokens]
   f16 dY[Q * ROW];
   Squares dscores;          // drk, dre, dak, dae
   float carry[WARPS][N];
-  u32 exponent, unused[3];
+  u32 exponent;             // of the unit
 };
 struct Shared {
   Loaded loaded[AHEAD];
@@ -135,14 +135,8 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
     }
     sync_group(WALKING, 32 * WALKERS);  // dY is here
     if (there) {
-      float dz[2][4] = {};
       left_of_transposed<tokens_at>(dy_t, walked.dY, l, l.value, 0);
-      right<square_at>(b, made.squares[re_], l, 0, 0);
-      multiply_add(minus, dy_t, b);
-      as_operand(x, minus, -1);
-      right<square_at>(b, made.squares[X_], l, 0, 0);
-      multiply_add(dz, x, b);
-      as_operand(dz_t, dz);
+      solve_back(dz_t, minus, dy_t, made.squares, l);
       sum_values(walked.carry[l.warp], G, loaded.S0, l);
       add_product(G, dy_t, made.chunk.R, l);
       add_product(G, dz_t, made.chunk.A, l);

@@ -41,6 +41,18 @@ struct Outputs {
   i64 at;
 };
 
+// dz^T as an operand, of this warp's values; `minus` is P E^T.
+DEVICE void solve_back(u32 (&dz_t)[4], float (&minus)[2][4], const u32 (&dy_t)[4], const Squares& squares, const Lane& l) {
+  u32 x[4], b[4];
+  float dz[2][4] = {};
+  right<square_at>(b, squares[re_], l, 0, 0);
+  multiply_add(minus, dy_t, b);
+  as_operand(x, minus, -1);
+  right<square_at>(b, squares[X_], l, 0, 0);
+  multiply_add(dz, x, b);
+  as_operand(dz_t, dz);
+}
+
 // The gradients of the products of reads and keys: `which` of drk, dre, dak, dae.
 DEVICE void score_gradients(float (&product)[2][4], const Known& of, int which, const Lane& l) {
   u32 given[N / 16][4], met[N / 16][4];
@@ -111,30 +123,25 @@ struct Share {
     return sum;
   }
 
-  // What comes from the other tokens of the chunk.
+  // What comes from the other tokens of the chunk: those whose keys are read, or those that read a key.
   METHOD void from_scores(const Chunk& chunk, const Squares& scores, const Lane& l) {
-    u32 low[4], high[4], x[4];
+    u32 low[4], high[4];
     right<tokens_at>(low, keys ? chunk.R : chunk.K, l, 0, first);
     right<tokens_at>(high, keys ? chunk.A : chunk.E, l, 0, first);
-    if (keys) {
-      left_of_transposed<square_at>(x, scores[drk_], l, 0, 0);
-      multiply_add(one, x, low);
-      left_of_transposed<square_at>(x, scores[dak_], l, 0, 0);
-      multiply_add(one, x, high);
-      left_of_transposed<square_at>(x, scores[dre_], l, 0, 0);
-      multiply_add(two, x, low);
-      left_of_transposed<square_at>(x, scores[dae_], l, 0, 0);
-      multiply_add(two, x, high);
-    } else {
-      left<square_at>(x, scores[drk_], l, 0, 0);
-      multiply_add(one, x, low);
-      left<square_at>(x, scores[dre_], l, 0, 0);
-      multiply_add(one, x, high);
-      left<square_at>(x, scores[dak_], l, 0, 0);
-      multiply_add(two, x, low);
-      left<square_at>(x, scores[dae_], l, 0, 0);
-      multiply_add(two, x, high);
-    }
+    if (keys) add_scores<left_of_transposed<square_at>>(scores, dak_, dre_, low, high, l);
+    else add_scores<left<square_at>>(scores, dre_, dak_, low, high, l);
+  }
+  template <void (*load)(u32 (&)[4], const f16*, const Lane&, int, int)>
+  METHOD void add_scores(const Squares& scores, int to_one, int to_two, const u32 (&low)[4], const u32 (&high)[4], const Lane& l) {
+    u32 x[4];
+    load(x, scores[drk_], l, 0, 0);
+    multiply_add(one, x, low);
+    load(x, scores[to_one], l, 0, 0);
+    multiply_add(one, x, high);
+    load(x, scores[to_two], l, 0, 0);
+    multiply_add(two, x, low);
+    load(x, scores[dae_], l, 0, 0);
+    multiply_add(two, x, high);
   }
 
   // What reaches the decay of a token from the reads at it and later but its own A, and from the keys.
