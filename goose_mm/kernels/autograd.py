@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def run_forward(
     kernel: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y `[D, B, T, H, N]`, last states `[D, S, H, N, N]`, saved states `[D, K, B, H, N, N]`."""
+    """y `[D, B, T, H, N]`, last states `[D, S, H, N, N]`, and what is saved for `run_backward`."""
     inputs, offsets = (r, log_w, k, v, kappa, a), kernel_offsets(kernel, cu_seqlens, r.shape[1])
     with without_autocast(r.device):
         return KERNELS[kernel].forward(inputs, state, offsets, REVERSE[direction], save)
@@ -107,12 +108,16 @@ def run_backward(
     dlast: Tensor | None,
     direction: str,
     kernel: str,
+    spend: bool = False,
 ) -> list[Tensor]:
-    """Gradients of the six inputs and of the initial states."""
+    """Gradients of the six inputs and of the initial states.
+
+    `spend`: `saved` is not needed any more, and they may take its place.
+    """
     inputs, offsets = (r, log_w, k, v, kappa, a), kernel_offsets(kernel, cu_seqlens, r.shape[1])
     with without_autocast(r.device):
         grads, first = KERNELS[kernel].backward(
-            inputs, state, offsets, REVERSE[direction], saved, dy, dlast
+            inputs, state, offsets, REVERSE[direction], saved, dy, dlast, spend
         )
     return [*grads, first]
 
@@ -171,6 +176,7 @@ class Scan(torch.autograd.Function):
     def forward(ctx, *arguments):
         y, last, saved = run_forward(*arguments)
         save_for_backward(ctx, arguments, (y, last, saved))
+        ctx.spent = False
         return unstacked(ctx.direction, y, last)
 
     @staticmethod
@@ -178,7 +184,16 @@ class Scan(torch.autograd.Function):
         dy, dlast = given
         if ctx.direction != "both":
             dy, dlast = (None if x is None else x.unsqueeze(0) for x in given)
-        return gradients(ctx, dy, dlast, run_backward)
+        return gradients(ctx, dy, dlast, partial(Scan.spend, ctx))
+
+    @staticmethod
+    def spend(ctx, *arguments):
+        """`run_backward`, whose gradients may lie where what was saved does."""
+        *tensors, saved, dy, dlast, direction, kernel = arguments
+        if ctx.spent:  # retain_graph=True: they do
+            _, _, saved = run_forward(*tensors, direction, kernel, True)
+        ctx.spent = True
+        return run_backward(*tensors, saved, dy, dlast, direction, kernel, spend=True)
 
 
 def gradients(

@@ -85,8 +85,12 @@ def backward(
     saved: Float[Tensor, "D K B H N N"],
     dy: Float[Tensor, "D B T H N"] | None,
     dlast: Float[Tensor, "D S H N N"] | None,
+    spend: bool = False,
 ) -> tuple[list[Float[Tensor, "B T H N"]], Float[Tensor, "D S H N N"]]:
-    """Gradients of the six inputs, each in its dtype, and of the initial states."""
+    """Gradients of the six inputs, each in its dtype, and of the initial states.
+
+    `spend`: whether they may take the place of `saved`, which is left as it is here.
+    """
     r = inputs[0]
     B, _, H, N = r.shape
     D, S = len(reverse), B if offsets is None else len(offsets) - 1

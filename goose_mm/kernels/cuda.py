@@ -2,14 +2,14 @@
 
 Products take f16 operands and sum in float32; the state stays float32. Besides inputs, outputs and
 gradients a training step holds states of 16 bits. The wide kernels hold one for every chunk of 16
-tokens, four times the bytes of r: where that is no more than SMALL, or where there are no more
-blocks (of one sequence and head) than multiprocessors. The others hold one for every few chunks,
-for heads of 64 and 16-bit inputs every three, where a block may have 113 kB of shared memory.
+tokens, and what else there is of it, where the gradients will lie: six times the bytes of r. They
+run where that is no more than SMALL, or where there are no more blocks (of one sequence and head)
+than multiprocessors. The others hold one for every few chunks, for heads of 64 and 16-bit inputs
+every three, where a block may have 113 kB of shared memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -35,7 +35,7 @@ SEGMENTS = {
 }
 # The same for the wide kernels, which save a state for EVERY chunk: heads of 64, 16 bits.
 WIDE, EVERY = 218_224, 0
-SMALL = 2**28
+SMALL = 2**30
 NUMBERS = 5  # T, heads, rows, slots, reverse: what follows the pointers
 
 
@@ -86,15 +86,15 @@ def spacing(r: Float[Tensor, "B T H N"], directions: int, states: int, save: boo
     _, _, H, N = r.shape
     if N == 64 and r.dtype.itemsize == 2 and granted(r.device) >= WIDE:
         few = directions * states * H <= multiprocessors(r.device)
-        if few or (save and math.prod(every_state(r, directions, states)) * 2 <= SMALL):
+        if few or (save and directions * room(r, states) * 2 <= SMALL):
             return EVERY
     return segment(r.device, r.dtype, N)
 
 
-def every_state(r: Float[Tensor, "B T H N"], directions: int, states: int) -> tuple[int, ...]:
-    """The shape of all chunks' states; packed sequences begin anywhere: each may need one more."""
-    B, T, H, N = r.shape
-    return directions, T // CHUNK + states // B, B, H, N, N
+def room(r: Float[Tensor, "B T H N"], states: int) -> int:
+    """What the wide kernels save of a direction, in numbers: as many as there are gradients."""
+    _, _, H, N = r.shape
+    return 2 * states * H * N * N + 6 * r.numel()
 
 
 @cache
@@ -105,15 +105,16 @@ def options(dtype: torch.dtype, head_size: int, out: torch.dtype, chunks: int) -
 
 
 def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
-    """Room for the states a backward pass needs: [D, K, B, H, N, N] in float16, K = 0 if none."""
+    """For what a backward pass needs: states [D, K, B, H, N, N] in float16, K = 0 if none.
+
+    Of the wide kernels [D, room], in the type of r.
+    """
     B, T, H, N = r.shape
     chunks = spacing(r, directions, states, save)
-    shape = every_state(r, directions, states)
-    if not save:
-        shape = (directions, 0, B, H, N, N)
-    elif chunks != EVERY:
-        shape = (directions, (T - 1) // (CHUNK * chunks), B, H, N, N)
-    return r.new_empty(shape, dtype=torch.float16)
+    if save and chunks == EVERY:
+        return r.new_empty(directions, room(r, states))
+    slots = (T - 1) // (CHUNK * chunks) if save else 0
+    return r.new_empty(directions, slots, B, H, N, N, dtype=torch.float16)
 
 
 def forward(
@@ -122,8 +123,8 @@ def forward(
     cu_seqlens: Int[Tensor, " n"] | None,
     reverse: Sequence[bool],
     save: bool,
-) -> tuple[Float[Tensor, "D B T H N"], Float[Tensor, "D S H N N"], Float[Tensor, "D K B H N N"]]:
-    """y, the last states, and the states between segments (K = 0 unless `save`).
+) -> tuple[Float[Tensor, "D B T H N"], Float[Tensor, "D S H N N"], Float[Tensor, "D *rest"]]:
+    """y, the last states, and what a backward pass needs (see `empty_saved`).
 
     As `chunked.forward`, but `cu_seqlens` stays on the device: neither checked nor waited for. A
     decay below -0.7 stops the program with a device-side assertion.
@@ -147,24 +148,30 @@ def backward(
     state: Float[Tensor, "D S H N N"] | None,
     cu_seqlens: Int[Tensor, " n"] | None,
     reverse: Sequence[bool],
-    saved: Float[Tensor, "D K B H N N"],
+    saved: Float[Tensor, "D *rest"],
     dy: Float[Tensor, "D B T H N"] | None,
     dlast: Float[Tensor, "D S H N N"] | None,
+    spend: bool = False,
 ) -> tuple[list[Float[Tensor, "B T H N"]], Float[Tensor, "D S H N N"]]:
-    """Gradients of the six inputs, each in its dtype, and of the initial states."""
+    """Gradients of the six inputs, each in its dtype, and of the initial states.
+
+    `spend`: they may take the place of `saved`.
+    """
     dtypes = [x.dtype for x in inputs]
     r, *_ = inputs = of_one_type(inputs)
     B, T, H, N = r.shape
     D, S = len(reverse), B if cu_seqlens is None else len(cu_seqlens) - 1
     dy = r.new_zeros(D, B, T, H, N) if dy is None else cast(dy, r.dtype).contiguous()
-    if D == 1:
-        grads, out = [torch.empty_like(x) for x in inputs], r.dtype
+    chunks = spacing(r, D, S, True)
+    out = r.dtype if D == 1 else torch.float32
+    if spend and D == 1 and chunks == EVERY:
+        first, rest = saved.split([2 * S * H * N * N, 6 * r.numel()], dim=1)
+        first, grads = first.view(torch.float32).view(D, S, H, N, N), rest.view(6, *r.shape).unbind()
     else:
-        out = torch.float32
-        grads = [r.new_empty(D, B, T, H, N, dtype=out) for _ in inputs]
-    first = r.new_empty(D, S, H, N, N, dtype=torch.float32)
+        first = r.new_empty(D, S, H, N, N, dtype=torch.float32)
+        grads = [r.new_empty(*r.shape if D == 1 else (D, *r.shape), dtype=out) for _ in inputs]
     launch(
-        "backward", r, out, spacing(r, D, S, True), (S * H, D),
+        "backward", r, out, chunks, (S * H, D),
         *inputs, as_float(state), offsets(cu_seqlens), saved, dy, as_float(dlast), *grads, first,
         T, H, B, saved.shape[1], int(reverse[0]),
     )  # fmt: skip

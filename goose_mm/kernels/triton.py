@@ -121,8 +121,12 @@ def backward(
     saved: Float[Tensor, "D K B H N N"],
     dy: Float[Tensor, "D B T H N"] | None,
     dlast: Float[Tensor, "D S H N N"] | None,
+    spend: bool = False,
 ) -> tuple[list[Float[Tensor, "B T H N"]], Float[Tensor, "D S H N N"]]:
-    """Gradients of the six inputs, each in its dtype, and of the initial states."""
+    """Gradients of the six inputs, each in its dtype, and of the initial states.
+
+    `spend`: whether they may take the place of `saved`, which is left as it is here.
+    """
     from goose_mm.kernels import triton_gradients, triton_scan
 
     inputs = [x.contiguous() for x in inputs]

@@ -1,7 +1,7 @@
 // The gradients of backward.cu where blocks are few, and each has a multiprocessor for itself: the forward pass has kept
-// S0 of every chunk, and 16 warps work on three chunks at once.
+// S0, f and the squares of every chunk, and 16 warps work on three chunks at once.
 //
-// Four makers make a chunk and find f. Four walkers, a chunk behind, take G, the gradient of the state, in registers,
+// Four makers make a chunk. Four walkers, a chunk behind, take G, the gradient of the state, in registers,
 // from its end to its beginning. Eight finishers, one more behind, find the gradients of its inputs. All meet between
 // steps, and within a step each group at a barrier of its own.
 #include "gradients.cuh"
@@ -13,13 +13,14 @@ constexpr int AHEAD = 5;  // chunks between the first that is requested and the 
 // What is loaded of a chunk, what the makers make of it, and what the walkers add.
 struct Loaded {
   IO inputs[LOADS][Q * N];  // log_w gives way to what f16 cannot hold of E, the first four to the finishers' exchange
-  f16 S0[N * N];            // STATE
+  f16 saved[PARTS][Q * N];  // STATE, SQUARE [values, tokens], squares
+  METHOD const f16* S0() const { return saved[S0_]; }
+  METHOD const f16* minus_f() const { return saved[minus_f_]; }
+  METHOD const Squares& squares() const { return *(const Squares*)saved[squares_]; }
 };
 struct Made {
   Chunk chunk;
   f16 K_rest[Q * ROW];
-  f16 minus_f[N * Q];       // SQUARE [values, tokens]
-  Squares squares;
 };
 struct alignas(16) Walked {
   f16 P[N * N];             // STATE
@@ -33,22 +34,21 @@ struct Shared {
   Loaded loaded[AHEAD];
   Made made[3];
   Walked walked[2];
-  float running[4][SUMS], decay[4][N], scratch[Q * Q], largest[WALKERS];
+  float running[4][SUMS], decay[4][N], largest[WALKERS];
 };
 DEVICE Loaded& loaded_of(Shared& shared, int c) { return shared.loaded[(c + AHEAD) % AHEAD]; }
 DEVICE Made& made_of(Shared& shared, int c) { return shared.made[(c + 3) % 3]; }
 
-// `saved` and those after it, `apart`: S0 of every chunk.
-DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const (&inputs)[LOADS], const f16* saved, i64 apart) {
+DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const (&inputs)[LOADS], f16* saved, i64 whole) {
   const Lane l(FINISHERS + WALKERS);
   auto request = [&](int c) {
     if (c < 0) return copy_commit();
     Loaded& to = loaded_of(shared, c);
+    const Room room(saved, s, c, whole);
+    int mine = 8 * (32 * l.warp + l.lane);
+    const f16* from = room.row(0, mine / N) + mine % N;
 #pragma unroll
-    for (int at = 0; at < N * N; at += 8 * 32 * MAKERS) {
-      int mine = at + 8 * (32 * l.warp + l.lane);
-      copy_async(to.S0 + mine, saved + c * apart + mine, true);
-    }
+    for (int part = 0; part < PARTS; part++, from += room.apart) copy_async(to.saved[part] + mine, from, true);
     fetch<MAKERS>(to.inputs, inputs, s, c, l);
   };
   auto sum = [&](int c) {
@@ -60,34 +60,16 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const 
   sum(chunks - 1);
   sync_threads();
   for (int c = chunks - 1; c >= -2; c--) {
-    Made& made = made_of(shared, c);
+    request(c - 2);
     auto& inputs = loaded_of(shared, c).inputs;
+    Made& made = made_of(shared, c);
     if (c >= 0)
 #pragma unroll
       for (int part = 0; part < 2; part++)
         prepare<dense_at>(made.chunk, inputs, shared.running[c & 3], made.K_rest, (f16*)inputs[log_w_], 2 * l.warp + 8 * part, 0, l);
-    sync_group(MAKING, 32 * MAKERS);  // the operands are here
-    request(c - 2);
-    if (c >= 0) relate(made.chunk, made.squares, shared.scratch, l);
     copy_wait<1>();
-    sync_group(MAKING, 32 * MAKERS);  // their products are here, and the inputs of the next chunk
+    sync_group(MAKING, 32 * MAKERS);  // the next chunk is here
     sum(c - 1);
-    if (c >= 0) {
-      u32 v_t[4], x[4], b[4];
-      float z[2][4] = {}, f[2][4] = {};
-#pragma unroll
-      for (int key = 0; key < N; key += 16) {
-        left<state_at>(x, loaded_of(shared, c).S0, l, l.value, key);
-        right_of_transposed<tokens_at>(b, made.chunk.A, l, 0, key);
-        multiply_add(z, x, b);
-      }
-      left_of_transposed<tokens_at>(v_t, made.chunk.V, l, l.value, 0);
-      right_of_transposed<square_at>(b, made.squares[ak_], l, 0, 0);
-      multiply_add(z, v_t, b);
-      solve(f, z, made.squares, l);
-      as_operand(x, f, -1);
-      store_operand<square_at>(made.minus_f, x, l.value, 0, l);
-    }
     sync_threads();
   }
   copy_wait<0>();
@@ -96,8 +78,9 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const 
 // G is `dlast` at the end, if that is given, and goes to `dstate`.
 DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dlast, OUT* dv, float* dstate) {
   const Lane l(FINISHERS);
+  i64 here = ((i64)block_y() * blocks_x() + block_x()) * N * N;
   float G[N / 8][4] = {};
-  if (dlast) load_state(G, dlast, l);
+  if (dlast) load_state(G, dlast + here, l);
   int token = 2 * l.warp + (l.lane >> 4), channel = 4 * (l.lane & 15);  // and eight tokens later
   sync_threads();
   sync_threads();
@@ -106,7 +89,7 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
     Walked& walked = shared.walked[c & 1];
     const Loaded& loaded = loaded_of(shared, c);
     const Made& made = made_of(shared, c);
-    const Known known{made.chunk, loaded.S0, made.minus_f, walked.P, walked.dz, walked.dY};
+    const Known known{made.chunk, loaded.S0(), loaded.minus_f(), walked.P, walked.dz, walked.dY};
     float4 factors[N / 16];
     float minus[2][4] = {};
     u32 p[N / 16][4], dy_t[4], dz_t[4], x[4], b[4];
@@ -136,12 +119,12 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
     sync_group(WALKING, 32 * WALKERS);  // dY is here
     if (there) {
       left_of_transposed<tokens_at>(dy_t, walked.dY, l, l.value, 0);
-      solve_back(dz_t, minus, dy_t, made.squares, l);
-      sum_values(walked.carry[l.warp], G, loaded.S0, l);
+      solve_back(dz_t, minus, dy_t, loaded.squares(), l);
+      sum_values(walked.carry[l.warp], G, loaded.S0(), l);
       add_product(G, dy_t, made.chunk.R, l);
       add_product(G, dz_t, made.chunk.A, l);
       scale(G, factors, unit.down(), l);
-      store_operand<square_at>(walked.dz, dz_t, l.value, 0, l);
+      store_operand<square_at>(walked.dz, dz_t, l.value, 0, Lane(FINISHERS, 1, thread_anew()));
     }
     sync_group(WALKING, 32 * WALKERS);  // dz is here
     if (c > 0) {  // how large the gradients are at the end of the next chunk: of its tokens, and of the state after it
@@ -164,9 +147,9 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
         left<tokens_at>(x, made.K_rest, l, 0, key);
         multiply_add_flipped(dV, x, p[key / 16]);
       }
-      left_of_transposed<square_at>(x, made.squares[rk_], l, 0, 0);
+      left_of_transposed<square_at>(x, loaded.squares()[rk_], l, 0, 0);
       multiply_add_flipped(dV, x, dy_t);
-      left_of_transposed<square_at>(x, made.squares[ak_], l, 0, 0);
+      left_of_transposed<square_at>(x, loaded.squares()[ak_], l, 0, 0);
       multiply_add_flipped(dV, x, dz_t);
 #pragma unroll
       for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= unit.down();
@@ -175,7 +158,7 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
     }
     sync_threads();
   }
-  each_four(G, l, [&](int value, int key, float4& x) { store_four(dstate + value * N + key, x); });
+  each_four(G, l, [&](int value, int key, float4& x) { store_four(dstate + here + value * N + key, x); });
 }
 
 DEVICE void finish(Shared& shared, const Sequence& s, int chunks, const Outputs& to) {
@@ -187,7 +170,7 @@ DEVICE void finish(Shared& shared, const Sequence& s, int chunks, const Outputs&
     const Walked& walked = shared.walked[c & 1];
     const Made& made = made_of(shared, c);
     Loaded& loaded = loaded_of(shared, c);
-    const Known known{made.chunk, loaded.S0, made.minus_f, walked.P, walked.dz, walked.dY};
+    const Known known{made.chunk, loaded.S0(), loaded.minus_f(), walked.P, walked.dz, walked.dY};
     const float* running = shared.running[c & 3];
     const Unit unit(walked.exponent);
     Share share(l.warp);
@@ -205,27 +188,26 @@ DEVICE void finish(Shared& shared, const Sequence& s, int chunks, const Outputs&
 
 KERNEL(THREADS, 1) wkv7_backward_wide(
     const IO* r, const IO* log_w, const IO* k, const IO* v, const IO* kappa, const IO* a,
-    const float*,           // the first state is in `saved`
+    const float*,           // S0 is in `saved`
     const int* cu_seqlens,  // [S + 1] or null
-    const f16* saved,       // [D, slots, rows, H, N, N], STATE
+    f16* saved,             // [D, room]
     const IO* dy,           // [D, rows, T, H, N]
     const float* dlast,     // [D, S, H, N, N] or null
     OUT* dr, OUT* dlog_w, OUT* dk, OUT* dv, OUT* dkappa, OUT* da,  // [D, rows, T, H, N]
     float* dstate,          // [D, S, H, N, N]
-    i64 T, int heads, int rows, i64 slots, int reverse) {
+    i64 T, int heads, int rows, i64 room, int reverse) {
   Shared& shared = *(Shared*)shared_memory();
   int head = block_x() % heads, s = block_x() / heads, warp = Lane().warp;
-  i64 d = block_y(), here = (d * blocks_x() + block_x()) * N * N, whole = d * rows * T * heads * N;
+  i64 d = block_y(), whole = rows * T * heads * N, at = d * whole;
   const Sequence sequence(cu_seqlens, s, head, heads, T, d + reverse == 1);
   int chunks = (sequence.length + Q - 1) / Q;
   if (warp < FINISHERS) {
-    finish(shared, sequence, chunks, {dr, dlog_w, dk, dv, dkappa, da, whole});
+    finish(shared, sequence, chunks, {dr, dlog_w, dk, dv, dkappa, da, at});
   } else if (warp < FINISHERS + WALKERS) {
-    walk(shared, sequence, chunks, dlast ? dlast + here : nullptr, dv + whole, dstate + here);
+    walk(shared, sequence, chunks, dlast, dv + at, dstate);
   } else {
-    const IO* inputs[LOADS] = {r, log_w, k, v, kappa, a, dy + whole};
-    const f16* first = saved + saved_at(sequence, cu_seqlens, d, s, 0, slots, rows, head, heads);
-    make(shared, sequence, chunks, inputs, first, (i64)rows * heads * N * N);
+    const IO* inputs[LOADS] = {r, log_w, k, v, kappa, a, dy + at};
+    make(shared, sequence, chunks, inputs, saved + d * room, whole);
   }
 }
 

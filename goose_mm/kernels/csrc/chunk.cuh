@@ -40,11 +40,19 @@ struct Sequence {
   METHOD i64 token(int i) const { return at + (i64)i * step; }
 };
 
-// Where S0 of a chunk is saved, if that of every chunk is: packed sequences begin anywhere, so each has a place to spare.
-DEVICE i64 saved_at(const Sequence& of, const int* cu_seqlens, i64 d, int s, int chunk, i64 slots, int rows, int head, int heads) {
-  i64 slot = cu_seqlens ? of.first / Q + s + chunk : chunk, row = cu_seqlens ? 0 : s;
-  return (((d * slots + slot) * rows + row) * heads + head) * N * N;
-}
+// Where the forward pass leaves what the backward pass needs of a chunk, if it is to find nothing again: S0, -f and the
+// squares, in parts of Q rows of N. They lie where gradients will: those of the inputs, six tensors [rows, T, H, N], at
+// the tokens of the chunk before, which is a whole one; for the first chunk that of the state, in `saved` before the others.
+enum { S0_, minus_f_ = N / Q, squares_, PARTS };
+struct Room {
+  f16* at;
+  i64 apart, step;  // between parts, rows
+  METHOD Room(f16* saved, const Sequence& s, int chunk, i64 whole) {
+    if (chunk == 0) at = saved + (i64)block_x() * 2 * N * N, apart = Q * N, step = N;
+    else at = saved + (i64)blocks_x() * 2 * N * N + s.token((chunk - 1) * Q), apart = whole, step = s.step;
+  }
+  METHOD f16* row(int part, int row) const { return at + part * apart + row * step; }
+};
 
 // Bring chunk `chunk` of some tensors into shared memory (RAW), by some warps; zeros behind the end.
 template <int warps, int count> DEVICE void fetch(IO (&tiles)[count][Q * N], const IO* const (&from)[count], const Sequence& s, int chunk, const Lane& l) {

@@ -75,9 +75,9 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
         f16* to = saved + (((d * slots + slot) * rows + row) * heads + head) * N * N;
         each_four(S, l, [&](int value, int key, float4& x) { store_four(to + value * N + key, x * load_four(old + key)); });
       }
-      u32 s0[N / 16][4];
+      u32 s0[N / 16][4], minus_f[4];
       const auto& rest = shared.rest[before & 1];
-      read(S, s0, chunk, rest[0], rest[1], squares, old, now, y + d * rows * T * heads * N, sequence, before, l);
+      read(S, s0, minus_f, chunk, rest[0], rest[1], squares, old, now, y + d * rows * T * heads * N, sequence, before, l);
     }
     sync_threads();  // this chunk is made, and the one before it is read
   }

@@ -1,4 +1,4 @@
-// y, the last state, and S0 of every chunk, where blocks are few and each has a multiprocessor for itself.
+// y, the last state, and what gradients need of every chunk, where blocks are few and each has a multiprocessor for itself.
 //
 // Two groups of four makers make a chunk each, while four readers, each with 16 rows of the state, read the two before.
 #include "reading.cuh"
@@ -50,14 +50,23 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const
   copy_wait<0>();
 }
 
+// The part of a room that this warp's values have, a square each for 16 keys or tokens.
+DEVICE void save(const Room& room, int part, const u32 (&x)[4], const Lane& l) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    int at = square_at(l.value + l.group + 8 * (i & 1), 8 * (i >> 1));
+    *(u32*)(room.row(part, at / N) + at % N + l.pair) = x[i];
+  }
+}
+
 KERNEL(THREADS, 1) wkv7_forward_wide(
     const IO* r, const IO* log_w, const IO* k, const IO* v, const IO* kappa, const IO* a,
     const float* state,     // [D, S, H, N, N] or null
     const int* cu_seqlens,  // [S + 1] or null
     IO* y,                  // [D, rows, T, H, N]
     float* last,            // [D, S, H, N, N]
-    f16* saved,             // [D, slots, rows, H, N, N], STATE, or null
-    i64 T, int heads, int rows, i64 slots, int reverse) {
+    f16* saved,             // [D, room], or null
+    i64 T, int heads, int rows, i64 room, int reverse) {
   Shared& shared = *(Shared*)shared_memory();
   int head = block_x() % heads, s = block_x() / heads, warp = Lane().warp;
   i64 d = block_y(), here = (d * blocks_x() + block_x()) * N * N;
@@ -73,18 +82,23 @@ KERNEL(THREADS, 1) wkv7_forward_wide(
   float S[N / 8][4] = {};
   if (state) load_state(S, state + here, l);
   for (int i = thread(); i < N; i += 32 * READERS) shared.decay[-1 & 7][i] = 1;
-  f16* to = saved + saved_at(sequence, cu_seqlens, d, s, 0, slots, rows, head, heads);
-  y += d * rows * T * heads * N;
+  i64 whole = rows * T * heads * N;
+  y += d * whole;
+  if (saved) saved += d * room;
   sync_threads();
   sync_threads();
   for (int first = -GROUPS; first < chunks; first += GROUPS) {
     for (int c = first < 0 ? 0 : first; c < first + GROUPS && c < chunks; c++) {
       const Made& made = shared.made[c % (2 * GROUPS)];
-      u32 s0[N / 16][4];
-      read(S, s0, made.chunk, made.K_rest, made.E_rest, made.squares, shared.decay[c - 1 & 7], shared.decay[c & 7], y, sequence, c, l);
+      u32 s0[N / 16][4], minus_f[4];
+      read(S, s0, minus_f, made.chunk, made.K_rest, made.E_rest, made.squares, shared.decay[c - 1 & 7], shared.decay[c & 7], y, sequence, c, l);
       if (!saved) continue;
+      const Room room(saved, sequence, c, whole);
 #pragma unroll
-      for (int k = 0; k < N / 16; k++) store_operand<state_at>(to + (i64)c * rows * heads * N * N, s0[k], l.value, 16 * k, l);
+      for (int k = 0; k < N / 16; k++) save(room, S0_ + k, s0[k], l);
+      save(room, minus_f_, minus_f, l);
+      int at = Q * Q * l.warp + 8 * l.lane;
+      *(float4*)(room.row(squares_, at / N) + at % N) = *(const float4*)(made.squares[0] + at);
     }
     sync_threads();
   }

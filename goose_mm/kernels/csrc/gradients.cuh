@@ -84,7 +84,6 @@ struct Share {
   int first;                             // of the 16 keys
   float one[2][4] = {}, two[2][4] = {};  // dR and dA, or dK and dE
   u32 One[2][2], Two[2][2];              // what of R and A, or K and E, stands where they do
-  float4 reach[2];
   METHOD Share(int warp) : keys(warp & 1), first(warp / 2 * 16) {}
 
   // What comes from the states.
@@ -144,31 +143,22 @@ struct Share {
     multiply_add(two, x, high);
   }
 
-  // What reaches the decay of a token from the reads at it and later but its own A, and from the keys.
-  // Half of that is for the other warp: written to `exchange`, which has 8 KB.
+  // What the other warp needs, to `exchange`, which has 8 KB: of the keys what reaches the decays up to their token's,
+  // and the last token's what the chunk's end passes on to all; of A what kappa receives.
   METHOD void give(void* exchange, float4 carry, const float* running, const Unit& unit, const Lane& l) {
     float4 sent[2];
 #pragma unroll
-    for (int t = 1; t >= 0; t--) {
-      float4 own = unpack_split(Two[t]) * four_of(two, t);
-      reach[t] = unpack_split(One[t]) * four_of(one, t) + own;
-#pragma unroll
-      for (int by = 1; by < 8; by *= 2)
-        reach[t] = each(reach[t], [&](float x) {
-          float later = shuffle_down(x, 4 * by);
-          if (l.group + by < 8) x += later;
-          return x;
-        });
-      sent[t] = own;
-    }
-    reach[0] = reach[0] + each(reach[1], [&](float x) { return shuffle(x, l.lane & 3); });
-#pragma unroll
     for (int t = 0; t < 2; t++) {
-      float4 before = load_four(running + (l.group + 8 * t) * RUNNING + first + l.four);
-      if (keys) sent[t] = carry - reach[t];
-      else reach[t] = reach[t] - sent[t], sent[t] = four_of(two, t) * unit.power(before);
-      place_of(exchange, l.warp, t, l) = sent[t];
+      sent[t] = four_of(two, t);
+      if (keys) {
+        sent[t] = (unpack_split(One[t]) * four_of(one, t) + unpack_split(Two[t]) * sent[t]) * -1;
+        if (t == 1 && l.group == 7) sent[t] = carry + sent[t];
+      } else {
+        sent[t] = sent[t] * unit.power(load_four(running + (l.group + 8 * t) * RUNNING + first + l.four));
+      }
     }
+#pragma unroll
+    for (int t = 0; t < 2; t++) place_of(exchange, l.warp, t, l) = sent[t];
   }
   METHOD static float4& place_of(const void* exchange, int warp, int t, const Lane& l) {
     return ((float4*)exchange)[l.lane + 32 * (2 * warp + t)];
@@ -177,21 +167,46 @@ struct Share {
   // The gradients of the inputs, of chunk `at`.
   METHOD void store(const Outputs& to, const IO (&inputs)[LOADS][Q * N], const void* exchange, const float* running, const Unit& unit, const Sequence& s, int at, const Lane& l) {
     int key = first + l.four;
+    float4 given[2];
+#pragma unroll
+    for (int t = 0; t < 2; t++) given[t] = place_of(exchange, l.warp ^ 1, t, l);
+    if (!keys) reach_decays(given, l);
 #pragma unroll
     for (int t = 0; t < 2; t++) {
       int token = l.group + 8 * t;
       if (at * Q + token >= s.length) continue;
-      float4 g = load_four(running + (token + 1) * RUNNING + key), given = place_of(exchange, l.warp ^ 1, t, l);
+      float4 g = load_four(running + (token + 1) * RUNNING + key);
       i64 here = to.at + s.token(at * Q + token) + key;
       if (keys) {
         float4 shrunk = unit.power(g * -1), erased = four_of(two, t) * shrunk;
         store_four(to.k + here, four_of(one, t) * shrunk);
-        store_four(to.kappa + here, given + load_four(inputs[a_] + raw_at(token, key)) * erased);
+        store_four(to.kappa + here, given[t] + load_four(inputs[a_] + raw_at(token, key)) * erased);
         store_four(to.a + here, load_four(inputs[kappa_] + raw_at(token, key)) * erased);
       } else {
         store_four(to.r + here, four_of(one, t) * unit.power(g));
-        store_four(to.log_w + here, (reach[t] + given) * unit.down());
+        store_four(to.log_w + here, given[t] * unit.down());
       }
     }
+  }
+
+  // From what the keys give, what reaches the decay of a token: from it and all later ones, but its own A.
+  METHOD void reach_decays(float4 (&x)[2], const Lane& l) {
+    float4 own[2];
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+      own[t] = unpack_split(Two[t]) * four_of(two, t);
+      x[t] = x[t] + unpack_split(One[t]) * four_of(one, t) + own[t];
+    }
+#pragma unroll
+    for (int by = 1; by < 8; by *= 2)
+#pragma unroll
+      for (int t = 0; t < 2; t++)
+        x[t] = each(x[t], [&](float y) {
+          float later = shuffle_down(y, 4 * by);
+          return l.group + by < 8 ? y + later : y;
+        });
+    x[0] = x[0] + each(x[1], [&](float y) { return shuffle(y, l.lane & 3); });
+#pragma unroll
+    for (int t = 0; t < 2; t++) x[t] = x[t] - own[t];
   }
 };
