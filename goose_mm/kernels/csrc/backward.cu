@@ -132,7 +132,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         const Chunk& chunk = chunk_of(i - 1);
         Found& found = shared.found[i - 1];
         if (i == 1) scale(S, shared.decay[0], 1, again);
-        else scale(S, shared.decay[i - 2], shared.decay[i - 1], again);
+        else scale(S, shared.decay[i - 2], shared.decay[i - 1], 1, again);
         u32 s0[4], v_t[4], x[4], b[4];
         float z[2][4] = {}, f[2][4] = {};
 #pragma unroll
@@ -232,7 +232,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         store_scores(back.dscores, product, warp >> 1, l);
       }
 
-      Share share(warp);
+      Share share(warp & 1, warp);
       share.from_states(known, l);
       float4 carry = share.carry(chunk, shared.carry, l);
       sync_threads();  // the gradients of the products are here
@@ -245,7 +245,8 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         measure(next[dY_]);
       }
       sync_threads();  // the other warp's part is here, nobody reads the chunk any more, and the next can begin
-      share.store(to, raw, raw, running, unit, sequence, c, e);
+      share.store(to, raw, running, unit, sequence, c, e);
+      share.settle(to, raw, down, sequence, c, e);
     }
   }
   each_four(G, l, [&](int value, int key, float4& x) { store_four(dstate + here + value * N + key, x); });

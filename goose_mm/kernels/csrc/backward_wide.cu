@@ -3,12 +3,12 @@
 //
 // Four makers make a chunk. Four walkers, a chunk behind, take G, the gradient of the state, in registers,
 // from its end to its beginning. Eight finishers, one more behind, find the gradients of its inputs. All meet between
-// steps, and within a step each group at a barrier of its own.
+// steps, and within a step makers and walkers at a barrier of their own.
 #include "gradients.cuh"
 
 constexpr int MAKERS = 4, WALKERS = WARPS, FINISHERS = 2 * WARPS, THREADS = 32 * (MAKERS + WALKERS + FINISHERS);
-enum { MAKING = 1, WALKING, FINISHING };  // barriers, the last one of each pair of warps
-constexpr int AHEAD = 5;  // chunks between the first that is requested and the last in work
+enum { MAKING = 1, WALKING };  // barriers
+constexpr int AHEAD = 5;  // chunks from the one that is requested to the last in work
 
 // What is loaded of a chunk, what the makers make of it, and what the walkers add.
 struct Loaded {
@@ -39,7 +39,7 @@ struct Shared {
 DEVICE Loaded& loaded_of(Shared& shared, int c) { return shared.loaded[(c + AHEAD) % AHEAD]; }
 DEVICE Made& made_of(Shared& shared, int c) { return shared.made[(c + 3) % 3]; }
 
-DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const (&inputs)[LOADS], f16* saved, i64 whole) {
+DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const (&inputs)[LOADS], f16* saved, i64 whole, OUT* dv) {
   const Lane l(FINISHERS + WALKERS);
   auto request = [&](int c) {
     if (c < 0) return copy_commit();
@@ -54,34 +54,61 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const 
   auto sum = [&](int c) {
     if (c >= 0) sum_decay<false>(shared.running[c & 3], shared.decay[c & 3], loaded_of(shared, c).inputs[log_w_], l);
   };
-  request(chunks - 1), request(chunks - 2);
-  copy_wait<1>();
+  request(chunks - 1);
+  copy_wait<0>();
   sync_threads();
   sum(chunks - 1);
   sync_threads();
   for (int c = chunks - 1; c >= -2; c--) {
-    request(c - 2);
+    request(c - 1);
     auto& inputs = loaded_of(shared, c).inputs;
     Made& made = made_of(shared, c);
     if (c >= 0)
 #pragma unroll
       for (int part = 0; part < 2; part++)
         prepare<dense_at>(made.chunk, inputs, shared.running[c & 3], made.K_rest, (f16*)inputs[log_w_], 2 * l.warp + 8 * part, 0, l);
-    copy_wait<1>();
+    if (c + 2 < chunks) {
+      const Loaded& loaded = loaded_of(shared, c + 2);
+      const Made& made = made_of(shared, c + 2);
+      const Walked& walked = shared.walked[c & 1];
+      float dV[2][4] = {};
+      u32 x[4], b[4];
+#pragma unroll
+      for (int key = 0; key < N; key += 16) {
+        right_of_transposed<state_at>(b, walked.P, l, l.value, key);
+        left<tokens_at>(x, made.chunk.K, l, 0, key);
+        multiply_add(dV, x, b);
+        left<tokens_at>(x, made.K_rest, l, 0, key);
+        multiply_add(dV, x, b);
+      }
+      left_of_transposed<square_at>(x, loaded.squares()[rk_], l, 0, 0);
+      right<tokens_at>(b, walked.dY, l, 0, l.value);
+      multiply_add(dV, x, b);
+      left_of_transposed<square_at>(x, loaded.squares()[ak_], l, 0, 0);
+      right_of_transposed<square_at>(b, walked.dz, l, l.value, 0);
+      multiply_add(dV, x, b);
+      float down = Unit(walked.exponent).down();
+#pragma unroll
+      for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= down;
+      store_tokens(dv, dV, s, c + 2, l.value, l);
+    }
+    copy_wait<0>();
     sync_group(MAKING, 32 * MAKERS);  // the next chunk is here
     sum(c - 1);
     sync_threads();
   }
-  copy_wait<0>();
 }
 
-// G is `dlast` at the end, if that is given, and goes to `dstate`.
-DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dlast, OUT* dv, float* dstate) {
+// G is `dlast` at the end, if that is given, and goes to `dstate`. It is kept from before the decay that begins the chunk
+// behind it, and in the unit of that chunk: then it is scaled once a chunk.
+DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dlast, float* dstate) {
   const Lane l(FINISHERS);
   i64 here = ((i64)block_y() * blocks_x() + block_x()) * N * N;
   float G[N / 8][4] = {};
   if (dlast) load_state(G, dlast + here, l);
+  float down = 1;
   int token = 2 * l.warp + (l.lane >> 4), channel = 4 * (l.lane & 15);  // and eight tokens later
+  if (l.warp < N / 32) shared.decay[chunks & 3][32 * l.warp + l.lane] = 1;
   sync_threads();
   sync_threads();
   for (int c = chunks; c >= -1; c--) {
@@ -90,9 +117,8 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
     const Loaded& loaded = loaded_of(shared, c);
     const Made& made = made_of(shared, c);
     const Known known{made.chunk, loaded.S0(), loaded.minus_f(), walked.P, walked.dz, walked.dY};
-    float4 factors[N / 16];
     float minus[2][4] = {};
-    u32 p[N / 16][4], dy_t[4], dz_t[4], x[4], b[4];
+    u32 p[N / 16][4], dy_t[4], dz_t[4], b[4];
     float top = 0;
 #pragma unroll
     for (int w = 0; w < WALKERS; w++) top = largest(top, shared.largest[w]);
@@ -102,8 +128,8 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
 #pragma unroll
       for (int part = 0; part < 2; part++)
         store_split<tokens_at>(walked.dY, token + 8 * part, channel, load_four(loaded.inputs[dY_] + raw_at(token + 8 * part, channel)) * unit.up());
-      load_factors(factors, shared.decay[c & 3], l);
-      scale(G, factors, unit.up(), l);  // now P
+      scale(G, shared.decay[c + 1 & 3], shared.decay[c & 3], down * unit.up(), l);  // now P
+      down = unit.down();
       as_operand(p, G);
       const f16* E_rest = (const f16*)loaded.inputs[log_w_];
 #pragma unroll
@@ -123,67 +149,57 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
       sum_values(walked.carry[l.warp], G, loaded.S0(), l);
       add_product(G, dy_t, made.chunk.R, l);
       add_product(G, dz_t, made.chunk.A, l);
-      scale(G, factors, unit.down(), l);
-      store_operand<square_at>(walked.dz, dz_t, l.value, 0, Lane(FINISHERS, 1, thread_anew()));
+      store_operand<square_at>(walked.dz, dz_t, l.value, 0, l);
     }
     sync_group(WALKING, 32 * WALKERS);  // dz is here
     if (c > 0) {  // how large the gradients are at the end of the next chunk: of its tokens, and of the state after it
       const IO* dY = loaded_of(shared, c - 1).inputs[dY_];
       float top = 0;
       auto reach = [&](float x) { top = largest(top, magnitude(x)); return x; };
+      each_four(G, l, [&](int, int, float4& x) { each(x, reach); });
+      top *= down;
       each(load_four(dY + raw_at(token, channel)), reach);
       each(load_four(dY + raw_at(token + 8, channel)), reach);
-      each_four(G, l, [&](int, int, float4& x) { each(x, reach); });
       top = bits_float(largest_of_warp(float_bits(top)));  // what is not negative sorts as its bits do
       if (l.lane == 0) shared.largest[l.warp] = top;
     }
     if (there) {
-      float product[2][4] = {}, dV[2][4] = {};
+      float product[2][4] = {};
       score_gradients(product, known, l.warp, l);
-#pragma unroll
-      for (int key = 0; key < N; key += 16) {
-        left<tokens_at>(x, made.chunk.K, l, 0, key);
-        multiply_add_flipped(dV, x, p[key / 16]);
-        left<tokens_at>(x, made.K_rest, l, 0, key);
-        multiply_add_flipped(dV, x, p[key / 16]);
-      }
-      left_of_transposed<square_at>(x, loaded.squares()[rk_], l, 0, 0);
-      multiply_add_flipped(dV, x, dy_t);
-      left_of_transposed<square_at>(x, loaded.squares()[ak_], l, 0, 0);
-      multiply_add_flipped(dV, x, dz_t);
-#pragma unroll
-      for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= unit.down();
       store_scores(walked.dscores, product, l.warp, l);
-      store_tokens(dv, dV, s, c, l.value, l);
     }
     sync_threads();
   }
+  scale(G, shared.decay[0], down, l);
   each_four(G, l, [&](int value, int key, float4& x) { store_four(dstate + here + value * N + key, x); });
 }
 
-DEVICE void finish(Shared& shared, const Sequence& s, int chunks, const Outputs& to) {
+// What one warp needs of another it has a step later: the last chunk is settled while the next one's products are made.
+template <bool keys> DEVICE void finish(Shared& shared, const Sequence& s, int chunks, const Outputs& to) {
   const Lane l(0, 2);
+  Share share(keys, l.warp);
+  float down = 0;
   sync_threads();
   sync_threads();
   for (int c = chunks + 1; c >= 0; c--) {
-    bool there = c < chunks;
     const Walked& walked = shared.walked[c & 1];
     const Made& made = made_of(shared, c);
     Loaded& loaded = loaded_of(shared, c);
     const Known known{made.chunk, loaded.S0(), loaded.minus_f(), walked.P, walked.dz, walked.dY};
     const float* running = shared.running[c & 3];
-    const Unit unit(walked.exponent);
-    Share share(l.warp);
-    if (there) {
+    if (c < chunks) {
+      const Unit unit(walked.exponent);
+      share.settle(to, loaded_of(shared, c + 1).inputs, down, s, c + 1, l);
       share.from_states(known, l);
       float4 carry = share.carry(made.chunk, walked.carry, l);
       share.from_scores(made.chunk, walked.dscores, l);
       share.give(loaded.inputs, carry, running, unit, l);
+      share.store(to, loaded.inputs, running, unit, s, c, l);
+      down = unit.down();
     }
-    sync_group(FINISHING + l.warp / 2, 64);  // the other warp's part is here
-    if (there) share.store(to, loaded.inputs, loaded.inputs, running, unit, s, c, l);
     sync_threads();
   }
+  share.settle(to, loaded_of(shared, 0).inputs, down, s, 0, l);
 }
 
 KERNEL(THREADS, 1) wkv7_backward_wide(
@@ -202,12 +218,14 @@ KERNEL(THREADS, 1) wkv7_backward_wide(
   const Sequence sequence(cu_seqlens, s, head, heads, T, d + reverse == 1);
   int chunks = (sequence.length + Q - 1) / Q;
   if (warp < FINISHERS) {
-    finish(shared, sequence, chunks, {dr, dlog_w, dk, dv, dkappa, da, at});
+    const Outputs to{dr, dlog_w, dk, dv, dkappa, da, at};
+    if (warp & 1) finish<true>(shared, sequence, chunks, to);
+    else finish<false>(shared, sequence, chunks, to);
   } else if (warp < FINISHERS + WALKERS) {
-    walk(shared, sequence, chunks, dlast, dv + at, dstate);
+    walk(shared, sequence, chunks, dlast, dstate);
   } else {
     const IO* inputs[LOADS] = {r, log_w, k, v, kappa, a, dy + at};
-    make(shared, sequence, chunks, inputs, saved + d * room, whole);
+    make(shared, sequence, chunks, inputs, saved + d * room, whole, dv + at);
   }
 }
 

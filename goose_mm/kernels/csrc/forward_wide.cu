@@ -18,8 +18,8 @@ struct Shared {
   float running[GROUPS][SUMS], scratch[GROUPS][Q * Q];
 };
 
-// Every second chunk, from that of the group's number on.
-DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const IO* const (&inputs)[INPUTS]) {
+// Every second chunk, from that of the group's number on. Its squares are saved a step later.
+DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const IO* const (&inputs)[INPUTS], f16* saved, i64 whole) {
   const Lane l(READERS + group * MAKERS);
   auto inputs_of = [&](int c) -> IO(&)[INPUTS][Q * N] { return shared.inputs[group][c / GROUPS % STAGES]; };
   auto request = [&](int c) {
@@ -37,6 +37,11 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const
   for (int c = group; c < chunks + group + GROUPS; c += GROUPS) {
     Made& made = shared.made[c % (2 * GROUPS)];
     request(c + 2 * GROUPS);
+    if (saved && c >= GROUPS && c < chunks + GROUPS) {
+      int mine = 8 * (32 * l.warp + l.lane);
+      const Room room(saved, s, c - GROUPS, whole);
+      *(float4*)(room.row(squares_, mine / N) + mine % N) = *(const float4*)(shared.made[(c - GROUPS) % (2 * GROUPS)].squares[0] + mine);
+    }
     if (c < chunks)
 #pragma unroll
       for (int part = 0; part < 2; part++)
@@ -50,13 +55,10 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const
   copy_wait<0>();
 }
 
-// The part of a room that this warp's values have, a square each for 16 keys or tokens.
+// The part of a room that this warp's values have, a square each for 16 keys or tokens: a piece of 8 x 8 is a row.
 DEVICE void save(const Room& room, int part, const u32 (&x)[4], const Lane& l) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int at = square_at(l.value + l.group + 8 * (i & 1), 8 * (i >> 1));
-    *(u32*)(room.row(part, at / N) + at % N + l.pair) = x[i];
-  }
+  for (int i = 0; i < 4; i++) *(u32*)(room.row(part, l.value / 4 + 2 * (i & 1) + (i >> 1)) + 8 * l.group + l.pair) = x[i];
 }
 
 KERNEL(THREADS, 1) wkv7_forward_wide(
@@ -72,9 +74,11 @@ KERNEL(THREADS, 1) wkv7_forward_wide(
   i64 d = block_y(), here = (d * blocks_x() + block_x()) * N * N;
   const Sequence sequence(cu_seqlens, s, head, heads, T, d + reverse == 1);
   int chunks = (sequence.length + Q - 1) / Q;
+  i64 whole = rows * T * heads * N;
+  if (saved) saved += d * room;
   if (warp >= READERS) {
     const IO* inputs[INPUTS] = {r, log_w, k, v, kappa, a};
-    make(shared, sequence, chunks, (warp - READERS) / MAKERS, inputs);
+    make(shared, sequence, chunks, (warp - READERS) / MAKERS, inputs, saved, whole);
     return;
   }
 
@@ -82,9 +86,7 @@ KERNEL(THREADS, 1) wkv7_forward_wide(
   float S[N / 8][4] = {};
   if (state) load_state(S, state + here, l);
   for (int i = thread(); i < N; i += 32 * READERS) shared.decay[-1 & 7][i] = 1;
-  i64 whole = rows * T * heads * N;
   y += d * whole;
-  if (saved) saved += d * room;
   sync_threads();
   sync_threads();
   for (int first = -GROUPS; first < chunks; first += GROUPS) {
@@ -97,8 +99,6 @@ KERNEL(THREADS, 1) wkv7_forward_wide(
 #pragma unroll
       for (int k = 0; k < N / 16; k++) save(room, S0_ + k, s0[k], l);
       save(room, minus_f_, minus_f, l);
-      int at = Q * Q * l.warp + 8 * l.lane;
-      *(float4*)(room.row(squares_, at / N) + at % N) = *(const float4*)(made.squares[0] + at);
     }
     sync_threads();
   }

@@ -81,13 +81,16 @@ DEVICE void store_scores(Squares& to, const float (&product)[2][4], int which, c
 // Two warps share 16 keys: one is in charge of the reads, R and A, the other (`keys`) of the keys, K and E.
 struct Share {
   bool keys;
-  int first;                             // of the 16 keys
-  float one[2][4] = {}, two[2][4] = {};  // dR and dA, or dK and dE
-  u32 One[2][2], Two[2][2];              // what of R and A, or K and E, stands where they do
-  METHOD Share(int warp) : keys(warp & 1), first(warp / 2 * 16) {}
+  int warp, first;           // of the 16 keys
+  float one[2][4], two[2][4];  // dR and dA, or dK and dE
+  u32 One[2][2], Two[2][2];    // what of R and A, or K and E, stands where they do
+  float4 kept[2], own[2];      // for what the other warp gives
+  METHOD Share(bool keys, int warp) : keys(keys), warp(warp), first(warp / 2 * 16) {}
 
   // What comes from the states.
   METHOD void from_states(const Known& of, const Lane& l) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) one[i >> 2][i & 3] = two[i >> 2][i & 3] = 0;
     const f16 *y = keys ? of.chunk.V : of.dY, *z = keys ? of.minus_f : of.dz, *to = keys ? of.P : of.S0;
     u32 x[4], b[4];
 #pragma unroll
@@ -149,64 +152,60 @@ struct Share {
     float4 sent[2];
 #pragma unroll
     for (int t = 0; t < 2; t++) {
-      sent[t] = four_of(two, t);
+      float4 first_ = unpack_split(One[t]) * four_of(one, t), second = unpack_split(Two[t]) * four_of(two, t);
       if (keys) {
-        sent[t] = (unpack_split(One[t]) * four_of(one, t) + unpack_split(Two[t]) * sent[t]) * -1;
+        sent[t] = (first_ + second) * -1;
         if (t == 1 && l.group == 7) sent[t] = carry + sent[t];
       } else {
-        sent[t] = sent[t] * unit.power(load_four(running + (l.group + 8 * t) * RUNNING + first + l.four));
+        kept[t] = first_ + second, own[t] = second;
+        sent[t] = four_of(two, t) * unit.power(load_four(running + (l.group + 8 * t) * RUNNING + first + l.four));
       }
     }
 #pragma unroll
-    for (int t = 0; t < 2; t++) place_of(exchange, l.warp, t, l) = sent[t];
+    for (int t = 0; t < 2; t++) place_of(exchange, warp, t, l) = sent[t];
   }
   METHOD static float4& place_of(const void* exchange, int warp, int t, const Lane& l) {
     return ((float4*)exchange)[l.lane + 32 * (2 * warp + t)];
   }
 
-  // The gradients of the inputs, of chunk `at`.
-  METHOD void store(const Outputs& to, const IO (&inputs)[LOADS][Q * N], const void* exchange, const float* running, const Unit& unit, const Sequence& s, int at, const Lane& l) {
-    int key = first + l.four;
-    float4 given[2];
-#pragma unroll
-    for (int t = 0; t < 2; t++) given[t] = place_of(exchange, l.warp ^ 1, t, l);
-    if (!keys) reach_decays(given, l);
+  // Those gradients of the inputs, of chunk `at`, that need nothing of the other warp's.
+  METHOD void store(const Outputs& to, const IO (&inputs)[LOADS][Q * N], const float* running, const Unit& unit, const Sequence& s, int at, const Lane& l) {
 #pragma unroll
     for (int t = 0; t < 2; t++) {
-      int token = l.group + 8 * t;
-      if (at * Q + token >= s.length) continue;
-      float4 g = load_four(running + (token + 1) * RUNNING + key);
-      i64 here = to.at + s.token(at * Q + token) + key;
-      if (keys) {
-        float4 shrunk = unit.power(g * -1), erased = four_of(two, t) * shrunk;
-        store_four(to.k + here, four_of(one, t) * shrunk);
-        store_four(to.kappa + here, given[t] + load_four(inputs[a_] + raw_at(token, key)) * erased);
-        store_four(to.a + here, load_four(inputs[kappa_] + raw_at(token, key)) * erased);
-      } else {
-        store_four(to.r + here, four_of(one, t) * unit.power(g));
-        store_four(to.log_w + here, given[t] * unit.down());
-      }
+      int token = at * Q + l.group + 8 * t, from = raw_at(l.group + 8 * t, first + l.four);
+      float4 g = load_four(running + (l.group + 8 * t + 1) * RUNNING + first + l.four);
+      float4 shrunk = unit.power(keys ? g * -1 : g), gone = four_of(two, t) * shrunk;
+      i64 here = to.at + s.token(token) + first + l.four;
+      if (keys) kept[t] = load_four(inputs[a_] + from) * gone;
+      if (token >= s.length) continue;
+      store_four((keys ? to.k : to.r) + here, four_of(one, t) * shrunk);
+      if (keys) store_four(to.a + here, load_four(inputs[kappa_] + from) * gone);
     }
   }
 
-  // From what the keys give, what reaches the decay of a token: from it and all later ones, but its own A.
-  METHOD void reach_decays(float4 (&x)[2], const Lane& l) {
-    float4 own[2];
+  // The others: of kappa, and of log_w, the sum of what reaches the decay of a token: from it and all later ones, but for
+  // its own A.
+  METHOD void settle(const Outputs& to, const void* exchange, float down, const Sequence& s, int at, const Lane& l) {
+    float4 x[2];
 #pragma unroll
-    for (int t = 0; t < 2; t++) {
-      own[t] = unpack_split(Two[t]) * four_of(two, t);
-      x[t] = x[t] + unpack_split(One[t]) * four_of(one, t) + own[t];
+    for (int t = 0; t < 2; t++) x[t] = kept[t] + place_of(exchange, warp ^ 1, t, l);
+    if (!keys) {
+#pragma unroll
+      for (int by = 1; by < 8; by *= 2)
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+          x[t] = each(x[t], [&](float y) {
+            float later = shuffle_down(y, 4 * by);
+            return l.group + by < 8 ? y + later : y;
+          });
+      x[0] = x[0] + each(x[1], [&](float y) { return shuffle(y, l.lane & 3); });
+#pragma unroll
+      for (int t = 0; t < 2; t++) x[t] = (x[t] - own[t]) * down;
     }
 #pragma unroll
-    for (int by = 1; by < 8; by *= 2)
-#pragma unroll
-      for (int t = 0; t < 2; t++)
-        x[t] = each(x[t], [&](float y) {
-          float later = shuffle_down(y, 4 * by);
-          return l.group + by < 8 ? y + later : y;
-        });
-    x[0] = x[0] + each(x[1], [&](float y) { return shuffle(y, l.lane & 3); });
-#pragma unroll
-    for (int t = 0; t < 2; t++) x[t] = x[t] - own[t];
+    for (int t = 0; t < 2; t++) {
+      int token = at * Q + l.group + 8 * t;
+      if (token < s.length) store_four((keys ? to.kappa : to.log_w) + to.at + s.token(token) + first + l.four, x[t]);
+    }
   }
 };

@@ -5,7 +5,7 @@
 // y of chunk `at`; S0 and -f^T, as operands, are left behind. S is kept from just before the decay that ends a chunk: then it is
 // scaled once a chunk, by `old`, of the chunk before, and `now`. The rests are what f16 cannot hold of K and E.
 DEVICE void read(float (&S)[N / 8][4], u32 (&s0)[N / 16][4], u32 (&minus_f)[4], const Chunk& chunk, const f16* K_rest, const f16* E_rest, const Squares& squares, const float* old, const float* now, IO* y, const Sequence& s, int at, const Lane& l) {
-  scale(S, old, now, l);
+  scale(S, old, now, 1, l);
   as_operand(s0, S);
   u32 v_t[4], x[4];
   left_of_transposed<tokens_at>(v_t, chunk.V, l, l.value, 0);

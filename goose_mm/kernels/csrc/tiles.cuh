@@ -8,12 +8,12 @@ constexpr int Q = 16;             // tokens of a chunk
 constexpr int WARPS = N / 16;     // each owns 16 rows of the state, or 16 columns
 
 // Matrices in shared memory, such that the 8 rows of a piece of 8 x 8 lie in different banks.
-// TOKENS [16, N]: rows with a gap. SQUARE [16, 16] or [N, 16]: halves of rows exchanged. STATE [N values, N keys]:
+// TOKENS [16, N]: rows with a gap. SQUARE [16, 16] or [N, 16]: pieces one after the other. STATE [N values, N keys]:
 // SQUARES of 16 keys; DENSE [16, N] likewise. The place of a constant row or column is a constant, so one register points
 // to a whole matrix. RAW [16, N]: inputs, whose rows are read whole.
 constexpr int ROW = N + 8;
 DEVICE int tokens_at(int row, int col) { return row * ROW + col; }
-DEVICE int square_at(int row, int col) { return row * 16 + (col ^ (row & 4) << 1); }
+DEVICE int square_at(int row, int col) { return (row >> 3) * 128 + (col >> 3) * 64 + (row & 7) * 8 + (col & 7); }
 DEVICE int state_at(int row, int col) { return (col >> 4) * 16 * N + square_at(row, col & 15); }
 DEVICE int dense_at(int row, int col) { return (col >> 4) * 16 * Q + square_at(row, col & 15); }
 DEVICE int raw_at(int row, int col) { return row * N + (col ^ (row & 7) << 3); }
@@ -111,21 +111,13 @@ template <int J, class Type> DEVICE void load_state(float (&S)[J][4], const Type
   });
 }
 
-// Factors for each key of this lane, and S times them.
-template <int J> DEVICE void load_factors(float4 (&factors)[J], const float* from, const Lane& l) {
-#pragma unroll
-  for (int j = 0; j < J; j++) factors[j] = load_four(from + l.key + 16 * j + l.four);
-}
-template <int J> DEVICE void scale(float (&S)[J][4], const float4 (&factors)[J / 2], float all, const Lane& l) {
-  each_four(S, l, [&](int, int key, float4& x) { x = x * (factors[(key - l.key - l.four) / 16] * all); });
-}
 // S times a factor for each key.
 template <int J> DEVICE void scale(float (&S)[J][4], const float* factor, float all, const Lane& l) {
   each_four(S, l, [&](int, int key, float4& x) { x = x * (load_four(factor + key) * all); });
 }
 // The same with two factors for each key.
-template <int J> DEVICE void scale(float (&S)[J][4], const float* factor, const float* other, const Lane& l) {
-  each_four(S, l, [&](int, int key, float4& x) { x = x * (load_four(factor + key) * load_four(other + key)); });
+template <int J> DEVICE void scale(float (&S)[J][4], const float* factor, const float* other, float all, const Lane& l) {
+  each_four(S, l, [&](int, int key, float4& x) { x = x * (load_four(factor + key) * load_four(other + key) * all); });
 }
 
 // S as an operand of products: on the left [16 values, keys], on the right transposed
