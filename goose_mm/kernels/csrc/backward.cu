@@ -29,7 +29,7 @@ struct Shared {
   };
   Found found[SEGMENT];
   f16 dY[Q * ROW], K_rest[Q * ROW];
-  float running[SUMS], decay[SEGMENT][N], carry[WARPS][N], largest[2 * WARPS];
+  float running[SUMS], decay[SEGMENT][N], scratch[Q * Q], largest[2 * WARPS];
 };
 static_assert(sizeof(float) * SUMS <= sizeof(f16) * N * N && 2 * WARPS * Q * 16 * sizeof(float) <= 4 * Q * N * sizeof(IO), "");
 
@@ -82,8 +82,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
   };
 
   // How large the gradients are at the end of a chunk: of its tokens, and of the state after it.
-  int token = 2 * (warp & 7), col = warp / 8 * 64;  // of this warp, where it does two tokens
-  const int my_token = token + (l.lane >> 4), channel = col + 4 * (l.lane & 15);
+  const int my_token = 8 * half + l.turn, channel = 16 * (warp >> 1) + l.four;
   auto measure = [&](const IO* dY) {
     float top = 0;
     auto reach = [&](float x) { top = largest(top, magnitude(x)); return x; };
@@ -121,13 +120,13 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       if (i < count) {
         auto& raw = shared.inputs[slot_of(segment, i)];
         prepare<dense_at>(chunk_of(i), raw, shared.running, i == count - 1 ? shared.K_rest : nullptr, (f16*)raw[log_w_],
-                             2 * (again.warp & 7), again.warp / 8 * 64, again);
+                             8 * (again.warp & 1), 16 * (again.warp >> 1), again);
       }
       if (maker && making.warp < MAKERS && i + 1 < count) await();
       sync_threads();  // the chunk is here, and the inputs of the next
       if (maker) {
         sum(i + 1);
-        if (i < count) relate(chunk_of(i), shared.found[i].squares, shared.carry[0], making);
+        if (i < count) relate(chunk_of(i), shared.found[i].squares, shared.scratch, making);
       } else if (i > 0) {
         const Chunk& chunk = chunk_of(i - 1);
         Found& found = shared.found[i - 1];
@@ -173,8 +172,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       float up = unit.up(), down = unit.down();
       float4 dout = load_four(raw[dY_] + raw_at(my_token, channel));
       scale(G, decay, up, l);  // now P
-      sum_values(shared.carry[l.value / 16], G, found.S0, l);
-      if (i < count - 1) prepare<dense_at>(shared.chunk, raw, running, shared.K_rest, E_rest, token, col, l);
+      if (i < count - 1) prepare<dense_at>(shared.chunk, raw, running, shared.K_rest, E_rest, 8 * half, 16 * (warp >> 1), l);
       store_split<tokens_at>(shared.dY, my_token, channel, dout * up);
       u32 p[N / 32][4];
       as_operand(p, G);
@@ -234,14 +232,14 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
 
       Share share(warp & 1, warp);
       share.from_states(known, l);
-      float4 carry = share.carry(chunk, shared.carry, l);
+      float4 carry = share.carry(chunk, l);
       sync_threads();  // the gradients of the products are here
       const Lane e(0, 2, thread_anew());
       share.from_scores(chunk, back.dscores, e);
       share.give(raw, carry, running, unit, e);
       if (i > 0) {
         const auto& next = shared.inputs[slot_of(segment, i - 1)];
-        sum_decay<false>((float*)shared.found[i].S0, shared.decay[i - 1], next[log_w_], {8 * warp}, e);
+        if (warp < N / 16) sum_decay<false>((float*)shared.found[i].S0, shared.decay[i - 1], next[log_w_], 16 * warp, e);
         measure(next[dY_]);
       }
       sync_threads();  // the other warp's part is here, nobody reads the chunk any more, and the next can begin

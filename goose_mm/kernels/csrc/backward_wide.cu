@@ -27,7 +27,6 @@ struct alignas(16) Walked {
   f16 dz[N * Q];            // SQUARE [values, tokens]
   f16 dY[Q * ROW];
   Squares dscores;          // drk, dre, dak, dae
-  float carry[WARPS][N];
   u32 exponent;             // of the unit
 };
 struct Shared {
@@ -52,7 +51,7 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const 
     fetch<MAKERS>(to.inputs, inputs, s, c, l);
   };
   auto sum = [&](int c) {
-    if (c >= 0) sum_decay<false>(shared.running[c & 3], shared.decay[c & 3], loaded_of(shared, c).inputs[log_w_], l);
+    if (c >= 0) sum_decay<false>(shared.running[c & 3], shared.decay[c & 3], loaded_of(shared, c).inputs[log_w_], 16 * l.warp, l);
   };
   request(chunks - 1);
   copy_wait<0>();
@@ -66,7 +65,7 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const 
     if (c >= 0)
 #pragma unroll
       for (int part = 0; part < 2; part++)
-        prepare<dense_at>(made.chunk, inputs, shared.running[c & 3], made.K_rest, (f16*)inputs[log_w_], 2 * l.warp + 8 * part, 0, l);
+        prepare<dense_at>(made.chunk, inputs, shared.running[c & 3], made.K_rest, (f16*)inputs[log_w_], 8 * part, 16 * l.warp, l);
     if (c + 2 < chunks) {
       const Loaded& loaded = loaded_of(shared, c + 2);
       const Made& made = made_of(shared, c + 2);
@@ -107,7 +106,7 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
   float G[N / 8][4] = {};
   if (dlast) load_state(G, dlast + here, l);
   float down = 1;
-  int token = 2 * l.warp + (l.lane >> 4), channel = 4 * (l.lane & 15);  // and eight tokens later
+  int token = l.turn, channel = 16 * l.warp + l.four;  // and eight tokens later
   if (l.warp < N / 32) shared.decay[chunks & 3][32 * l.warp + l.lane] = 1;
   sync_threads();
   sync_threads();
@@ -146,7 +145,6 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
     if (there) {
       left_of_transposed<tokens_at>(dy_t, walked.dY, l, l.value, 0);
       solve_back(dz_t, minus, dy_t, loaded.squares(), l);
-      sum_values(walked.carry[l.warp], G, loaded.S0(), l);
       add_product(G, dy_t, made.chunk.R, l);
       add_product(G, dz_t, made.chunk.A, l);
       store_operand<square_at>(walked.dz, dz_t, l.value, 0, l);
@@ -191,7 +189,7 @@ template <bool keys> DEVICE void finish(Shared& shared, const Sequence& s, int c
       const Unit unit(walked.exponent);
       share.settle(to, loaded_of(shared, c + 1).inputs, down, s, c + 1, l);
       share.from_states(known, l);
-      float4 carry = share.carry(made.chunk, walked.carry, l);
+      float4 carry = share.carry(made.chunk, l);
       share.from_scores(made.chunk, walked.dscores, l);
       share.give(loaded.inputs, carry, running, unit, l);
       share.store(to, loaded.inputs, running, unit, s, c, l);

@@ -69,63 +69,54 @@ template <int warps, int count> DEVICE void fetch(IO (&tiles)[count][Q * N], con
   copy_commit();
 }
 
-// g - c as a power of two: [17, N], from before the first token on. Rows two apart lie in different banks.
-constexpr int RUNNING = N + 4, SUMS = (Q + 1) * RUNNING;
+// g - c as a power of two: [17, N], from before the first token on, in blocks of 16 channels.
+constexpr int SUMS = (Q + 1) * N;
+DEVICE int sums_at(int row, int col) { return (col >> 4) * (Q + 1) * 16 + row * 16 + (col & 15); }
 
-// These running sums, and the decay exp(c) [N], of 8 channels from each of some columns on. All is read before anything is
-// stored, here and in `prepare`: what the compiler cannot tell apart it keeps in order, and waits.
-template <bool check, int some> DEVICE void sum_decay(float* running, float* decay, const IO* log_w, const int (&columns)[some], const Lane& l) {
+// These running sums, and the decay exp(c) [N], of 16 channels from `col` on. Which of its two tokens a lane takes first
+// alternates, so that rows of different banks are taken together.
+template <bool check> DEVICE void sum_decay(float* running, float* decay, const IO* log_w, int col, const Lane& l) {
+  bool odd = l.group & 1;
   int token = 2 * l.group;
-  float2 sum[some], two[some];
-#pragma unroll
-  for (int i = 0; i < some; i++) {
-    int col = columns[i] + l.pair;
-    float2 one = load_pair(log_w + raw_at(token, col));
-    two[i] = load_pair(log_w + raw_at(token + 1, col));
-    if (check) {
-      float lowest = smallest(smallest(one.x, one.y), smallest(two[i].x, two[i].y));
-      require(lowest >= LOWEST_LOG_W, "log_w below -0.7, the lowest that kernel 'cuda' takes");
-    }
-    two[i].x *= LOG2E, two[i].y *= LOG2E;
-    sum[i] = {one.x * LOG2E + two[i].x, one.y * LOG2E + two[i].y};
+  col += l.four;
+  float4 one = load_four(log_w + raw_at(token + odd, col)) * LOG2E, other = load_four(log_w + raw_at(token + !odd, col)) * LOG2E;
+  if (check) {
+    auto lowest = [](float4 x) { return smallest(smallest(x.x, x.y), smallest(x.z, x.w)); };
+    require(smallest(lowest(one), lowest(other)) >= LOWEST_LOG_W * LOG2E, "log_w below -0.7, the lowest that kernel 'cuda' takes");
   }
+  float4 sum = one + other;
 #pragma unroll
   for (int by = 1; by < 8; by *= 2)
-#pragma unroll
-    for (int i = 0; i < some; i++) {
-      float2 before = {shuffle(sum[i].x, l.lane - 4 * by), shuffle(sum[i].y, l.lane - 4 * by)};
-      if (l.group >= by) sum[i].x += before.x, sum[i].y += before.y;
-    }
-#pragma unroll
-  for (int i = 0; i < some; i++) {
-    int col = columns[i] + l.pair;
-    float2 half = {shuffle(sum[i].x, l.lane | 28) * .5f, shuffle(sum[i].y, l.lane | 28) * .5f};
-    sum[i].x -= half.x, sum[i].y -= half.y;
-    store_pair(running + (token + 1) * RUNNING + col, sum[i].x - two[i].x, sum[i].y - two[i].y);
-    store_pair(running + (token + 2) * RUNNING + col, sum[i].x, sum[i].y);
-    if (l.group > 0) continue;
-    store_pair(running + col, -half.x, -half.y);
-    store_pair(decay + col, exp2_fast(half.x), exp2_fast(half.y));
-  }
+    sum = each(sum, [&](float x) {
+      float before = shuffle(x, l.lane - 4 * by);
+      return l.group >= by ? x + before : x;
+    });
+  float4 half = each(sum, [&](float x) { return shuffle(x, l.lane | 28) * .5f; });
+  sum = sum - half;
+  // the sums up to the first and the second of its tokens
+  float4 first = sum - (odd ? one : other);
+  store_four(running + sums_at(token + 1 + odd, col), odd ? sum : first);
+  store_four(running + sums_at(token + 1 + !odd, col), odd ? first : sum);
+  if (l.group > 0) return;
+  store_four(running + sums_at(0, col), half * -1);
+  store_four(decay + col, each(half, exp2_fast));
 }
 // The same by three of four warps: the fourth has enough to do in `relate`.
 template <bool check> DEVICE void sum_decay(float* running, float* decay, const IO* log_w, const Lane& l) {
   if (l.warp > 2) return;
 #pragma unroll
-  for (int first = 0; first < N; first += 64) {
-    sum_decay<check>(running, decay, log_w, {first + 8 * l.warp, first + 24 + 8 * l.warp}, l);
-    if (l.warp < 2) sum_decay<check>(running, decay, log_w, {first + 48 + 8 * l.warp}, l);
-  }
+  for (int first = 0; first < N; first += 48)
+    if (first + 16 * l.warp < N) sum_decay<check>(running, decay, log_w, first + 16 * l.warp, l);
 }
 
 // R, A, K, E, V from the six inputs [16, N], and, where there is room for it, what f16 cannot hold of K and E:
-// it would add up in the state, as it is never removed there. This warp does `token` and the next one, of 64 channels.
+// it would add up in the state, as it is never removed there. This warp does 8 tokens from `token` on, of 16 channels. All
+// is read before anything is stored: what the compiler cannot tell apart it keeps in order, and waits.
 template <int (*E_rest_at)(int, int), int tensors>
 DEVICE void prepare(Chunk& chunk, const IO (&inputs)[tensors][Q * N], const float* running, f16* K_rest, f16* E_rest, int token, int col, const Lane& l) {
-  token += l.lane >> 4;
-  col += 4 * (l.lane & 15);
+  token += l.turn, col += l.four;
   int from = raw_at(token, col);
-  float4 before = load_four(running + token * RUNNING + col), g = load_four(running + (token + 1) * RUNNING + col);
+  float4 before = load_four(running + sums_at(token, col)), g = load_four(running + sums_at(token + 1, col));
   float4 kappa = load_four(inputs[kappa_] + from), a = load_four(inputs[a_] + from);
   float4 k = load_four(inputs[k_] + from), r = load_four(inputs[r_] + from), v = load_four(inputs[v_] + from);
   float4 shrunk = each(g * -1, exp2_fast), K = k * shrunk, E = kappa * a * shrunk;

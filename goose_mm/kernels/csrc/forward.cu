@@ -59,7 +59,7 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
     if (c < chunks)
       for (int i = l.warp; i < 8 * (N / 64); i += THREADS / 32)
         prepare<tokens_at>(shared.chunk[c & 1], shared.inputs[c % STAGES], shared.running, shared.rest[c & 1][0],
-                              shared.rest[c & 1][1], 2 * (i & 7), i / 8 * 64, Lane(0, 1, thread_anew()));
+                              shared.rest[c & 1][1], 8 * (i & 1), 16 * (i >> 1), Lane(0, 1, thread_anew()));
     if (making) request(c + STAGES - 1), copy_wait<STAGES - 2>();
     sync_threads();  // the chunk is here, and the inputs of the next
     if (making) {

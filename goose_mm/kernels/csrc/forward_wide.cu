@@ -45,7 +45,7 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const
     if (c < chunks)
 #pragma unroll
       for (int part = 0; part < 2; part++)
-        prepare<tokens_at>(made.chunk, inputs_of(c), shared.running[group], made.K_rest, made.E_rest, 2 * l.warp + 8 * part, 0, l);
+        prepare<tokens_at>(made.chunk, inputs_of(c), shared.running[group], made.K_rest, made.E_rest, 8 * part, 16 * l.warp, l);
     copy_wait<1>();
     sync_group(1 + group, 32 * MAKERS);  // the operands are here, and the inputs of the next chunk
     sum(c + GROUPS);

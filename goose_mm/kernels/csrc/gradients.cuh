@@ -83,14 +83,15 @@ struct Share {
   bool keys;
   int warp, first;           // of the 16 keys
   float one[2][4], two[2][4];  // dR and dA, or dK and dE
-  u32 One[2][2], Two[2][2];    // what of R and A, or K and E, stands where they do
+  float through[4];            // of the keys, on the diagonals of both halves: sums over values of P S0
+  u32 One[4], Two[4];          // what of R and A, or K and E, stands where they do
   float4 kept[2], own[2];      // for what the other warp gives
   METHOD Share(bool keys, int warp) : keys(keys), warp(warp), first(warp / 2 * 16) {}
 
   // What comes from the states.
   METHOD void from_states(const Known& of, const Lane& l) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) one[i >> 2][i & 3] = two[i >> 2][i & 3] = 0;
+    for (int i = 0; i < 8; i++) one[i >> 2][i & 3] = two[i >> 2][i & 3] = through[i & 3] = 0;
     const f16 *y = keys ? of.chunk.V : of.dY, *z = keys ? of.minus_f : of.dz, *to = keys ? of.P : of.S0;
     u32 x[4], b[4];
 #pragma unroll
@@ -100,30 +101,31 @@ struct Share {
       multiply_add(one, x, b);
       left_of_transposed<square_at>(x, z, l, 0, value);
       multiply_add(two, x, b);
+      if (!keys) continue;
+      right<state_at>(x, of.S0, l, value, first);
+      multiply_add(through, {b[0], 0, b[1], 0}, x[0], x[1]);
+      multiply_add(through, {0, b[2], 0, b[3]}, x[2], x[3]);
     }
   }
 
-  // What the end of the chunk passes on to every decay in it: sum over values of P and the state (`sums`, by parts), and
-  // over tokens of the keys that enter it.
-  METHOD float4 carry(const Chunk& chunk, const float (&sums)[WARPS][N], const Lane& l) {
+  // What the end of the chunk passes on to every decay in it, for the last token's lanes: sums over values of P and the
+  // state, and over tokens of the keys that enter it.
+  METHOD float4 carry(const Chunk& chunk, const Lane& l) {
+    left<tokens_at>(One, keys ? chunk.K : chunk.R, l, 0, first);
+    left<tokens_at>(Two, keys ? chunk.E : chunk.A, l, 0, first);
     float4 sum = {0, 0, 0, 0};
-    int at = tokens_at(l.group, first + l.pair);
-#pragma unroll
-    for (int t = 0; t < 2; t++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        One[t][h] = *(const u32*)((keys ? chunk.K : chunk.R) + at + 8 * (t * ROW + h));
-        Two[t][h] = *(const u32*)((keys ? chunk.E : chunk.A) + at + 8 * (t * ROW + h));
-      }
     if (!keys) return sum;
 #pragma unroll
-    for (int t = 0; t < 2; t++) sum = sum + unpack_split(One[t]) * four_of(one, t) + unpack_split(Two[t]) * four_of(two, t);
+    for (int t = 0; t < 2; t++) sum = sum + first_of(t) + second_of(t);
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) sum = sum + each(sum, [&](float x) { return shuffle_xor(x, mask); });
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum = sum + load_four(sums[w] + first + l.four);
-    return sum;
+    bool odd = l.group & 1;
+    float low = odd ? through[1] : through[0], high = odd ? through[3] : through[2];
+    int from = 9 * (l.lane & 3);
+    return sum + float4{shuffle(low, from), shuffle(low, from + 4), shuffle(high, from), shuffle(high, from + 4)};
   }
+  METHOD float4 first_of(int t) const { return unpack_split(One[t], One[t + 2]) * four_of(one, t); }
+  METHOD float4 second_of(int t) const { return unpack_split(Two[t], Two[t + 2]) * four_of(two, t); }
 
   // What comes from the other tokens of the chunk: those whose keys are read, or those that read a key.
   METHOD void from_scores(const Chunk& chunk, const Squares& scores, const Lane& l) {
@@ -152,13 +154,12 @@ struct Share {
     float4 sent[2];
 #pragma unroll
     for (int t = 0; t < 2; t++) {
-      float4 first_ = unpack_split(One[t]) * four_of(one, t), second = unpack_split(Two[t]) * four_of(two, t);
       if (keys) {
-        sent[t] = (first_ + second) * -1;
+        sent[t] = (first_of(t) + second_of(t)) * -1;
         if (t == 1 && l.group == 7) sent[t] = carry + sent[t];
       } else {
-        kept[t] = first_ + second, own[t] = second;
-        sent[t] = four_of(two, t) * unit.power(load_four(running + (l.group + 8 * t) * RUNNING + first + l.four));
+        own[t] = second_of(t), kept[t] = first_of(t) + own[t];
+        sent[t] = four_of(two, t) * unit.power(load_four(running + sums_at(l.group + 8 * t, first + l.four)));
       }
     }
 #pragma unroll
@@ -173,7 +174,7 @@ struct Share {
 #pragma unroll
     for (int t = 0; t < 2; t++) {
       int token = at * Q + l.group + 8 * t, from = raw_at(l.group + 8 * t, first + l.four);
-      float4 g = load_four(running + (l.group + 8 * t + 1) * RUNNING + first + l.four);
+      float4 g = load_four(running + sums_at(l.group + 8 * t + 1, first + l.four));
       float4 shrunk = unit.power(keys ? g * -1 : g), gone = four_of(two, t) * shrunk;
       i64 here = to.at + s.token(token) + first + l.four;
       if (keys) kept[t] = load_four(inputs[a_] + from) * gone;

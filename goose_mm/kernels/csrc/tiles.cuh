@@ -28,8 +28,8 @@ template <int (*at)(int, int)> DEVICE float4 store_split(f16* to, int row, int c
   float2 low = unpack_f16(first), high = unpack_f16(second);
   return {low.x, low.y, high.x, high.y};
 }
-DEVICE float4 unpack_split(const u32 (&x)[2]) {
-  float2 low = unpack_f16(x[0]), high = unpack_f16(x[1]);
+DEVICE float4 unpack_split(u32 first, u32 second) {
+  float2 low = unpack_f16(first), high = unpack_f16(second);
   return {low.x, low.y, high.x, high.y};
 }
 
@@ -40,6 +40,7 @@ struct Lane {
   int down_row, down_col, right_row, right_col;
   int value, key;  // where this warp's part of a state begins, which `split` warps share
   int row;         // the value in the first of this lane's rows, which is two before that in the other
+  int turn;        // of 8 tokens this lane's, where four lanes share one: in such an order that neighbours lie in different banks
   METHOD Lane(int first_warp = 0, int split = 1, int thread_ = thread()) {
     warp = shuffle(thread_ >> 5, 0) - first_warp;  // so the compiler sees that it is one for all
     lane = thread_ & 31;
@@ -49,6 +50,7 @@ struct Lane {
     pair = 2 * (lane & 3);
     four = 2 * pair;
     row = value + (group >> 1) * 4 + (group & 1);
+    turn = 2 * (group & 3) + ((group ^ group >> 2) & 1);
     down_row = lane & 15;
     down_col = lane >> 4 << 3;
     right_row = (lane & 7) + (lane >> 4 << 3);
@@ -59,16 +61,16 @@ struct Lane {
 // Operands: `left` and `right` of a product, from a matrix stored as it is read or transposed.
 // left: [m 16, k 16]. right: [k 16, n 16] as two of n 8: {b[0], b[1]} and {b[2], b[3]}.
 template <int (*at)(int, int)> DEVICE void left(u32 (&r)[4], const f16* x, const Lane& l, int m, int k) {
-  load_matrices(r, x + at(m + l.down_row, k + l.down_col));
+  load_matrices(r, x + at(l.down_row, l.down_col) + at(m, k));
 }
 template <int (*at)(int, int)> DEVICE void left_of_transposed(u32 (&r)[4], const f16* x, const Lane& l, int m, int k) {
-  load_transposed(r, x + at(k + l.right_row, m + l.right_col));
+  load_transposed(r, x + at(l.right_row, l.right_col) + at(k, m));
 }
 template <int (*at)(int, int)> DEVICE void right_of_transposed(u32 (&r)[4], const f16* x, const Lane& l, int n, int k) {
-  load_matrices(r, x + at(n + l.right_row, k + l.right_col));
+  load_matrices(r, x + at(l.right_row, l.right_col) + at(n, k));
 }
 template <int (*at)(int, int)> DEVICE void right(u32 (&r)[4], const f16* x, const Lane& l, int k, int n) {
-  load_transposed(r, x + at(k + l.down_row, n + l.down_col));
+  load_transposed(r, x + at(l.down_row, l.down_col) + at(k, n));
 }
 
 // x [16, 16] += left [16, 16] right [16, 16]
@@ -140,7 +142,7 @@ DEVICE void as_operand(u32 (&s)[4], const float (&x)[2][4], float sign = 1) {
 template <int (*at)(int, int)> DEVICE void store_operand(f16* to, const u32 (&x)[4], int row, int col, const Lane& l) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    *(u32*)(to + at(row + l.group + 8 * (i & 1), col + 8 * (i >> 1)) + l.pair) = x[i];
+    *(u32*)(to + at(row, col) + at(l.group, l.pair) + at(8 * (i & 1), 8 * (i >> 1))) = x[i];
 }
 
 // S [16 values, keys] += x [16 values, 16 tokens] y [16 tokens, N keys].
@@ -152,30 +154,4 @@ template <int J> DEVICE void add_product(float (&S)[J][4], const u32 (&x)[4], co
     multiply_add(S[j], x, b[0], b[1]);
     multiply_add(S[j + 1], x, b[2], b[3]);
   }
-}
-
-template <int half> DEVICE void halve(float* x, bool upper, int mask) {
-#pragma unroll
-  for (int i = 0; i < half; i++) {
-    float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
-    x[i] = kept + shuffle_xor(sent, mask);
-  }
-}
-
-// Sum over the 16 values of a warp of P S0, for each of its keys.
-template <int J> DEVICE void sum_values(float* to, const float (&P)[J][4], const f16* S0, const Lane& l) {
-  float x[2 * J];
-#pragma unroll
-  for (int j = 0; j < J; j++) {
-    const f16* two = S0 + state_at(l.value + l.group, l.key + 8 * j) + l.pair;
-    float2 a = load_pair(two), b = load_pair(two + 8 * 16);
-    x[2 * j] = P[j][0] * a.x + P[j][2] * b.x;
-    x[2 * j + 1] = P[j][1] * a.y + P[j][3] * b.y;
-  }
-  // Each step halves what a lane is in charge of: group g keeps x[g * J / 4] and on.
-  halve<J>(x, l.lane & 16, 16);
-  halve<J / 2>(x, l.lane & 8, 8);
-  halve<J / 4>(x, l.lane & 4, 4);
-#pragma unroll
-  for (int i = 0; i < J / 4; i++) to[l.key + l.group * (J / 4) / 4 * 16 + l.four + (l.group * (J / 4) + i) % 4] = x[i];
 }
