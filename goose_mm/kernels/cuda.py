@@ -28,13 +28,13 @@ HEAD_SIZES = (64, 128)
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 # (head size, bytes of a number) -> (shared memory that a block needs, chunks of a segment)
 SEGMENTS = {
-    (64, 2): ((114_736, 3), (87_856, 2)),
-    (64, 4): ((157_744, 3), (116_528, 2), (92_176, 1)),
-    (128, 2): ((218_704, 2), (150_800, 1)),
-    (128, 4): ((179_280, 1),),
+    (64, 2): ((114_464, 3), (87_584, 2)),
+    (64, 4): ((157_472, 3), (116_256, 2), (91_904, 1)),
+    (128, 2): ((215_360, 2), (150_528, 1)),
+    (128, 4): ((175_936, 1),),
 }
 # The same for the wide kernels, which save a state for EVERY chunk: heads of 64, 16 bits.
-WIDE, EVERY = 218_224, 0
+WIDE, EVERY = 222_256, 0
 SMALL = 2**30
 NUMBERS = 5  # T, heads, rows, slots, reverse: what follows the pointers
 

@@ -100,8 +100,10 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
     if (segment < segments - 1) request(segment, SEGMENT - 1);
     const Lane again(0, 1, thread_anew()), making(WARPS, 1, thread_anew());
     auto sum = [&](int i) {
-      if (maker && making.warp < MAKERS && i < count)
-        sum_decay<false>(shared.running, shared.decay[i], shared.inputs[slot_of(segment, i)][log_w_], making);
+      if (!maker || making.warp >= MAKERS || i >= count) return;
+#pragma unroll 1
+      for (int first = 0; first < N; first += 64)
+        sum_decay<false>(shared.running, shared.decay[i], shared.inputs[slot_of(segment, i)][log_w_], {first + 16 * making.warp}, making);
     };
     float S[N / 8][4] = {};
     if (maker) {
@@ -230,20 +232,20 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         store_scores(back.dscores, product, warp >> 1, l);
       }
 
-      Share share(warp & 1, warp);
-      share.from_states(known, l);
-      float4 carry = share.carry(chunk, l);
-      sync_threads();  // the gradients of the products are here
       const Lane e(0, 2, thread_anew());
+      Share share(warp & 1, warp);
+      share.from_states(known, e);
+      float4 carry = share.carry(chunk, e);
+      sync_threads();  // the gradients of the products are here
       share.from_scores(chunk, back.dscores, e);
       share.give(raw, carry, running, unit, e);
+      share.store(to, raw, running, unit, sequence, c, e);
       if (i > 0) {
         const auto& next = shared.inputs[slot_of(segment, i - 1)];
-        if (warp < N / 16) sum_decay<false>((float*)shared.found[i].S0, shared.decay[i - 1], next[log_w_], 16 * warp, e);
+        if (warp < N / 16) sum_decay<false>((float*)shared.found[i].S0, shared.decay[i - 1], next[log_w_], {16 * warp}, e);
         measure(next[dY_]);
       }
       sync_threads();  // the other warp's part is here, nobody reads the chunk any more, and the next can begin
-      share.store(to, raw, running, unit, sequence, c, e);
       share.settle(to, raw, down, sequence, c, e);
     }
   }

@@ -51,7 +51,7 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const 
     fetch<MAKERS>(to.inputs, inputs, s, c, l);
   };
   auto sum = [&](int c) {
-    if (c >= 0) sum_decay<false>(shared.running[c & 3], shared.decay[c & 3], loaded_of(shared, c).inputs[log_w_], 16 * l.warp, l);
+    if (c >= 0) sum_decay<false>(shared.running[c & 3], shared.decay[c & 3], loaded_of(shared, c).inputs[log_w_], {16 * l.warp}, l);
   };
   request(chunks - 1);
   copy_wait<0>();

@@ -75,38 +75,46 @@ DEVICE int sums_at(int row, int col) { return (col >> 4) * (Q + 1) * 16 + row * 
 
 // These running sums, and the decay exp(c) [N], of 16 channels from `col` on. Which of its two tokens a lane takes first
 // alternates, so that rows of different banks are taken together.
-template <bool check> DEVICE void sum_decay(float* running, float* decay, const IO* log_w, int col, const Lane& l) {
+template <bool check, int some> DEVICE void sum_decay(float* running, float* decay, const IO* log_w, const int (&columns)[some], const Lane& l) {
   bool odd = l.group & 1;
   int token = 2 * l.group;
-  col += l.four;
-  float4 one = load_four(log_w + raw_at(token + odd, col)) * LOG2E, other = load_four(log_w + raw_at(token + !odd, col)) * LOG2E;
-  if (check) {
-    auto lowest = [](float4 x) { return smallest(smallest(x.x, x.y), smallest(x.z, x.w)); };
-    require(smallest(lowest(one), lowest(other)) >= LOWEST_LOG_W * LOG2E, "log_w below -0.7, the lowest that kernel 'cuda' takes");
+  float4 one[some], other[some], sum[some];
+#pragma unroll
+  for (int i = 0; i < some; i++) {
+    one[i] = load_four(log_w + raw_at(token + odd, columns[i] + l.four)) * LOG2E;
+    other[i] = load_four(log_w + raw_at(token + !odd, columns[i] + l.four)) * LOG2E;
+    sum[i] = one[i] + other[i];
+    if (check) {
+      auto lowest = [](float4 x) { return smallest(smallest(x.x, x.y), smallest(x.z, x.w)); };
+      require(smallest(lowest(one[i]), lowest(other[i])) >= LOWEST_LOG_W * LOG2E, "log_w below -0.7, the lowest that kernel 'cuda' takes");
+    }
   }
-  float4 sum = one + other;
 #pragma unroll
   for (int by = 1; by < 8; by *= 2)
-    sum = each(sum, [&](float x) {
-      float before = shuffle(x, l.lane - 4 * by);
-      return l.group >= by ? x + before : x;
-    });
-  float4 half = each(sum, [&](float x) { return shuffle(x, l.lane | 28) * .5f; });
-  sum = sum - half;
-  // the sums up to the first and the second of its tokens
-  float4 first = sum - (odd ? one : other);
-  store_four(running + sums_at(token + 1 + odd, col), odd ? sum : first);
-  store_four(running + sums_at(token + 1 + !odd, col), odd ? first : sum);
-  if (l.group > 0) return;
-  store_four(running + sums_at(0, col), half * -1);
-  store_four(decay + col, each(half, exp2_fast));
+#pragma unroll
+    for (int i = 0; i < some; i++)
+      sum[i] = each(sum[i], [&](float x) {
+        float before = shuffle(x, l.lane - 4 * by);
+        return l.group >= by ? x + before : x;
+      });
+#pragma unroll
+  for (int i = 0; i < some; i++) {
+    int col = columns[i] + l.four;
+    float4 half = each(sum[i], [&](float x) { return shuffle(x, l.lane | 28) * .5f; });
+    float4 second = sum[i] - half, first = second - (odd ? one[i] : other[i]);  // up to the first and the second of its tokens
+    store_four(running + sums_at(token + 1 + odd, col), odd ? second : first);
+    store_four(running + sums_at(token + 1 + !odd, col), odd ? first : second);
+    if (l.group > 0) continue;
+    store_four(running + sums_at(0, col), half * -1);
+    store_four(decay + col, each(half, exp2_fast));
+  }
 }
-// The same by three of four warps: the fourth has enough to do in `relate`.
+// The same by three of four warps: the fourth has enough to do in `relate`. Two at once, where there are registers for that.
 template <bool check> DEVICE void sum_decay(float* running, float* decay, const IO* log_w, const Lane& l) {
   if (l.warp > 2) return;
-#pragma unroll
-  for (int first = 0; first < N; first += 48)
-    if (first + 16 * l.warp < N) sum_decay<check>(running, decay, log_w, first + 16 * l.warp, l);
+  if (N == 64 && l.warp == 0) return sum_decay<check>(running, decay, log_w, {0, 48}, l);
+#pragma unroll 1
+  for (int col = 16 * l.warp; col < N; col += 48) sum_decay<check>(running, decay, log_w, {col}, l);
 }
 
 // R, A, K, E, V from the six inputs [16, N], and, where there is room for it, what f16 cannot hold of K and E:

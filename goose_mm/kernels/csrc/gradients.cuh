@@ -85,7 +85,7 @@ struct Share {
   float one[2][4], two[2][4];  // dR and dA, or dK and dE
   float through[4];            // of the keys, on the diagonals of both halves: sums over values of P S0
   u32 One[4], Two[4];          // what of R and A, or K and E, stands where they do
-  float4 kept[2], own[2];      // for what the other warp gives
+  float4 kept[2] = {}, own[2] = {};  // for what the other warp gives
   METHOD Share(bool keys, int warp) : keys(keys), warp(warp), first(warp / 2 * 16) {}
 
   // What comes from the states.
