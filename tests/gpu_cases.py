@@ -152,6 +152,18 @@ def test_kernels_for_few_and_for_many_tokens_agree(monkeypatch):
 
 
 @pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA device")
+def test_training_holds_little_but_its_results():
+    inputs = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in make(2, 1000, 8, 64)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    resting = torch.cuda.memory_allocated()
+    y, _ = wkv7(*inputs, kernel="cuda")
+    y.backward(y.detach())
+    needed = (1 + len(inputs)) * inputs[0].nbytes
+    assert torch.cuda.max_memory_allocated() - resting <= 1.2 * needed
+
+
+@pytest.mark.skipif("cuda" not in KERNELS, reason="no CUDA device")
 def test_a_kernel_that_another_thread_has_loaded():
     """The thread of the backward pass may never have used the device before."""
     inputs = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in make(1, 20, 1, 64)]

@@ -97,6 +97,30 @@ def test_gradients_through_one_output():
             assert error(got[name], want[name]) <= LIMIT[torch.float32], name
 
 
+def test_gradients_asked_for_again_leave_the_first_alone(wide):
+    """They may lie where the forward pass left what they are made of."""
+    inputs = [x.bfloat16().requires_grad_() for x in make(2, 40, 1, 64)]
+    y, _ = wkv7(*inputs, kernel="cuda")
+    dy = noise(2, 40, 1, 64).bfloat16()
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    doubled = [2 * x for x in first]
+    assert all(map(torch.equal, torch.autograd.grad(y, inputs, 2 * dy, retain_graph=True), doubled))
+    assert all(map(torch.equal, torch.autograd.grad(y, inputs, dy), first))
+
+
+def test_the_operator_for_traced_code_is_the_same(wide):
+    inputs, state = make(1, 40, 2, 64, dtype=torch.bfloat16), noise(1, 2, 64, 64).float()
+    dy, dlast = noise(1, 40, 2, 64, seed=2), noise(1, 2, 64, 64, seed=3)
+
+    def operator(*inputs):
+        y, last, _ = torch.ops.goose_mm.wkv7_forward(*inputs, None, "forward", "cuda", True)
+        return y[0], last[0]
+
+    want = results(lambda *x: wkv7(*x, kernel="cuda"), inputs, state, dy, dlast)
+    got = results(operator, inputs, state, dy, dlast)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_the_smallest_gradients_survive():
     inputs, dy = make(1, 60, 1, 64, dtype=torch.float32), noise(1, 60, 1, 64) * 1e-9
     exact = results(oracle("forward"), [x.double() for x in inputs], None, dy)

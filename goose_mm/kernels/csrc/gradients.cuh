@@ -23,7 +23,7 @@ struct Unit {
   u32 exponent;
   METHOD Unit(float top) {
     exponent = float_bits(top) >> 23;
-    exponent = exponent < 32 ? 32 : exponent > 222 ? 222 : exponent;
+    exponent = exponent < 64 ? 64 : exponent > 190 ? 190 : exponent;  // so that `down` of one times `up` of another is finite
   }
   METHOD explicit Unit(u32 known) : exponent(known) {}
   METHOD float up() const { return bits_float((254 - exponent) << 23); }
