@@ -18,8 +18,8 @@ struct Shared {
   float running[GROUPS][SUMS], scratch[GROUPS][Q * Q];
 };
 
-// Every second chunk, from that of the group's number on. Its squares are saved a step later.
-DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const IO* const (&inputs)[INPUTS], f16* saved, i64 whole) {
+// Every second chunk, from that of the group's number on.
+DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const IO* const (&inputs)[INPUTS]) {
   const Lane l(READERS + group * MAKERS);
   auto inputs_of = [&](int c) -> IO(&)[INPUTS][Q * N] { return shared.inputs[group][c / GROUPS % STAGES]; };
   auto request = [&](int c) {
@@ -37,11 +37,6 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const
   for (int c = group; c < chunks + group + GROUPS; c += GROUPS) {
     Made& made = shared.made[c % (2 * GROUPS)];
     request(c + 2 * GROUPS);
-    if (saved && c >= GROUPS && c < chunks + GROUPS) {
-      int mine = 8 * (32 * l.warp + l.lane);
-      const Room room(saved, s, c - GROUPS, whole);
-      *(float4*)(room.row(squares_, mine / N) + mine % N) = *(const float4*)(shared.made[(c - GROUPS) % (2 * GROUPS)].squares[0] + mine);
-    }
     if (c < chunks)
 #pragma unroll
       for (int part = 0; part < 2; part++)
@@ -74,11 +69,9 @@ KERNEL(THREADS, 1) wkv7_forward_wide(
   i64 d = block_y(), here = (d * blocks_x() + block_x()) * N * N;
   const Sequence sequence(cu_seqlens, s, head, heads, T, d + reverse == 1);
   int chunks = (sequence.length + Q - 1) / Q;
-  i64 whole = rows * T * heads * N;
-  if (saved) saved += d * room;
   if (warp >= READERS) {
     const IO* inputs[INPUTS] = {r, log_w, k, v, kappa, a};
-    make(shared, sequence, chunks, (warp - READERS) / MAKERS, inputs, saved, whole);
+    make(shared, sequence, chunks, (warp - READERS) / MAKERS, inputs);
     return;
   }
 
@@ -86,7 +79,9 @@ KERNEL(THREADS, 1) wkv7_forward_wide(
   float S[N / 8][4] = {};
   if (state) load_state(S, state + here, l);
   for (int i = thread(); i < N; i += 32 * READERS) shared.decay[-1 & 7][i] = 1;
+  i64 whole = rows * T * heads * N;
   y += d * whole;
+  if (saved) saved += d * room;
   sync_threads();
   sync_threads();
   for (int first = -GROUPS; first < chunks; first += GROUPS) {
@@ -99,6 +94,8 @@ KERNEL(THREADS, 1) wkv7_forward_wide(
 #pragma unroll
       for (int k = 0; k < N / 16; k++) save(room, S0_ + k, s0[k], l);
       save(room, minus_f_, minus_f, l);
+      int at = Q * Q * l.warp + 8 * l.lane;
+      *(float4*)(room.row(squares_, at / N) + at % N) = *(const float4*)(made.squares[0] + at);
     }
     sync_threads();
   }
