@@ -186,12 +186,13 @@ DEVICE void relate(const Chunk& chunk, Squares& squares, float* ae, const Lane& 
       if (i + 2 > j) x[i + 2] -= below.z * x[j];
       if (i + 3 > j) x[i + 3] -= below.w * x[j];
     }
-  if (l.lane >= Q) return;
+  bool upper = l.lane >= Q;  // both halves of the warp have found the same, and each stores a half of it
+  f16* half = squares[X_] + square_at(8 * upper, l.lane & 15);
 #pragma unroll
-  for (int i = 0; i < Q; i += 2) {
-    u32 two = pack_f16(x[i], x[i + 1]);
-    squares[X_][square_at(i, l.lane)].bits = (u16)two;
-    squares[X_][square_at(i + 1, l.lane)].bits = (u16)(two >> 16);
+  for (int i = 0; i < 8; i += 2) {
+    u32 two = pack_f16(upper ? x[i + 8] : x[i], upper ? x[i + 9] : x[i + 1]);
+    half[square_at(i, 0)].bits = (u16)two;
+    half[square_at(i + 1, 0)].bits = (u16)(two >> 16);
   }
 }
 

@@ -64,7 +64,7 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
     sync_threads();  // the chunk is here, and the inputs of the next
     if (making) {
       sum(c + 1);
-      if (c < chunks) relate(shared.chunk[c & 1], shared.squares[c & 1], shared.scratch, maker);
+      if (c < chunks) relate(shared.chunk[c & 1], shared.squares[c & 1], shared.scratch, Lane(WARPS, 1, thread_anew()));
     } else if (c > 0) {
       int before = c - 1;
       const Chunk& chunk = shared.chunk[before & 1];
