@@ -92,7 +92,10 @@ def spacing(r: Float[Tensor, "B T H N"], directions: int, states: int, save: boo
 
 
 def room(r: Float[Tensor, "B T H N"], states: int) -> int:
-    """What the wide kernels save of a direction, in numbers: as many as there are gradients."""
+    """What the wide kernels save of a direction, in numbers of 16 bits: as much as gradients take.
+
+    First where the gradient of the states will lie, in float32, then where those of the inputs.
+    """
     _, _, H, N = r.shape
     return 2 * states * H * N * N + 6 * r.numel()
 
@@ -166,10 +169,14 @@ def backward(
     out = r.dtype if D == 1 else torch.float32
     if spend and D == 1 and chunks == EVERY:
         first, rest = saved.split([2 * S * H * N * N, 6 * r.numel()], dim=1)
-        first, grads = first.view(torch.float32).view(D, S, H, N, N), rest.view(6, *r.shape).unbind()
+        first = first.view(torch.float32).view(D, S, H, N, N)
+        grads = rest.view(6, *r.shape).unbind()
     else:
         first = r.new_empty(D, S, H, N, N, dtype=torch.float32)
-        grads = [r.new_empty(*r.shape if D == 1 else (D, *r.shape), dtype=out) for _ in inputs]
+        if D == 1:
+            grads = [torch.empty_like(r) for _ in inputs]
+        else:
+            grads = [r.new_empty(D, *r.shape, dtype=out) for _ in inputs]
     launch(
         "backward", r, out, chunks, (S * H, D),
         *inputs, as_float(state), offsets(cu_seqlens), saved, dy, as_float(dlast), *grads, first,
