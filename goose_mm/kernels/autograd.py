@@ -187,13 +187,15 @@ class Scan(torch.autograd.Function):
         return gradients(ctx, dy, dlast, partial(Scan.spend, ctx))
 
     @staticmethod
-    def spend(ctx, *arguments):
+    def spend(ctx, *arguments: Any) -> list[Tensor]:
         """`run_backward`, whose gradients may lie where what was saved does."""
+        forward: Callable[..., Any] = run_forward
+        backward: Callable[..., list[Tensor]] = run_backward
         *tensors, saved, dy, dlast, direction, kernel = arguments
         if ctx.spent:  # retain_graph=True: they do
-            _, _, saved = run_forward(*tensors, direction, kernel, True)
+            _, _, saved = forward(*tensors, direction, kernel, True)
         ctx.spent = True
-        return run_backward(*tensors, saved, dy, dlast, direction, kernel, spend=True)
+        return backward(*tensors, saved, dy, dlast, direction, kernel, spend=True)
 
 
 def gradients(

@@ -81,11 +81,11 @@ DEVICE void store_scores(Squares& to, const float (&product)[2][4], int which, c
 // Two warps share 16 keys: one is in charge of the reads, R and A, the other (`keys`) of the keys, K and E.
 struct Share {
   bool keys;
-  int warp, first;           // of the 16 keys
-  float one[2][4], two[2][4];  // dR and dA, or dK and dE
-  float through[4];            // of the keys, on the diagonals of both halves: sums over values of P S0
-  u32 One[4], Two[4];          // what of R and A, or K and E, stands where they do
-  float4 kept[2] = {}, own[2] = {};  // for what the other warp gives
+  int warp, first;                   // of the 16 keys
+  float one[2][4], two[2][4];        // dR and dA, or dK and dE
+  float through[4];                  // of the keys, on the diagonals of two 8 x 8: sums over values of P S0
+  u32 One[4], Two[4];                // what of R and A, or K and E, stands where they do
+  float4 kept[2] = {}, own[2] = {};  // until the other warp's part is here
   METHOD Share(bool keys, int warp) : keys(keys), warp(warp), first(warp / 2 * 16) {}
 
   // What comes from the states.
@@ -121,7 +121,7 @@ struct Share {
     for (int mask = 4; mask < 32; mask *= 2) sum = sum + each(sum, [&](float x) { return shuffle_xor(x, mask); });
     bool odd = l.group & 1;
     float low = odd ? through[1] : through[0], high = odd ? through[3] : through[2];
-    int from = 9 * (l.lane & 3);
+    int from = 9 * (l.lane & 3);  // the lane of the first of this lane's pair on a diagonal; four lanes on the second
     return sum + float4{shuffle(low, from), shuffle(low, from + 4), shuffle(high, from), shuffle(high, from + 4)};
   }
   METHOD float4 first_of(int t) const { return unpack_split(One[t], One[t + 2]) * four_of(one, t); }
