@@ -112,8 +112,10 @@ def test_the_operator_for_traced_code_is_the_same(wide):
     inputs, state = make(1, 40, 2, 64, dtype=torch.bfloat16), noise(1, 2, 64, 64).float()
     dy, dlast = noise(1, 40, 2, 64, seed=2), noise(1, 2, 64, 64, seed=3)
 
-    def operator(*inputs):
-        y, last, _ = torch.ops.goose_mm.wkv7_forward(*inputs, None, "forward", "cuda", True)
+    def operator(*tensors):
+        *inputs, state = tensors
+        rest = (state[None], None, "forward", "cuda", True)
+        y, last, _ = torch.ops.goose_mm.wkv7_forward(*inputs, *rest)
         return y[0], last[0]
 
     want = results(lambda *x: wkv7(*x, kernel="cuda"), inputs, state, dy, dlast)
