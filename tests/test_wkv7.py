@@ -134,7 +134,6 @@ def hard_cases(T=200, N=64):
     return {
         "repeated key, a 0.9": [r, slow, 3 * one * like, v, one * like, 0.9 * like],
         "repeated key, a 0.99": [r, slow, 3 * one * like, v, one * like, 0.99 * like],
-        "repeated removal, a 0.99": [r, slow, k, v, one * like, 0.99 * like],
         "nearly parallel keys": [r, slow, 3 * near, v, near, 0.95 * like],
         "fastest decay, k x8": [r, -0.61 * like, 8 * k, v, kappa, a],
         "correlated tokens": [r_, 50 * slow, k_, v_, F.normalize(kappa_, dim=-1), a],

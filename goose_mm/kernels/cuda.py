@@ -29,9 +29,9 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 # (head size, bytes of a number) -> (shared memory that a block needs, chunks of a segment)
 SEGMENTS = {
     (64, 2): ((114_464, 3), (87_584, 2)),
-    (64, 4): ((157_472, 3), (116_256, 2), (96_512, 1)),
-    (128, 2): ((215_360, 2), (159_232, 1)),
-    (128, 4): ((183_808, 1),),
+    (64, 4): ((157_472, 3), (116_256, 2), (91_904, 1)),
+    (128, 2): ((215_360, 2), (150_528, 1)),
+    (128, 4): ((175_936, 1),),
 }
 # The same for the wide kernels, which save a state for EVERY chunk: heads of 64, 16 bits.
 WIDE, EVERY = 222_256, 0

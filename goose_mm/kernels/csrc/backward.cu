@@ -31,7 +31,7 @@ struct Shared {
   f16 dY[Q * ROW], K_rest[Q * ROW];
   float running[SUMS], decay[SEGMENT][N], scratch[Q * Q], largest[2 * WARPS];
 };
-static_assert((SEGMENT - 1) * Q * ROW <= N * N && sizeof(float) * SUMS <= sizeof(f16) * N * N && 2 * WARPS * Q * 16 * sizeof(float) <= 4 * Q * N * sizeof(IO), "");
+static_assert(sizeof(float) * SUMS <= sizeof(f16) * N * N && 2 * WARPS * Q * 16 * sizeof(float) <= 4 * Q * N * sizeof(IO), "");
 
 KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
     const IO* r, const IO* log_w, const IO* k, const IO* v, const IO* kappa, const IO* a,
@@ -116,14 +116,12 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
     sync_threads();
     sum(0);
     sync_threads();
-    // What f16 cannot hold of A: of the last chunk where dY will be, of the others where the last S0 will be.
-    auto A_rest_of = [&](int i) { return i == count - 1 ? shared.dY : shared.found[count - 1].S0 + i * Q * ROW; };
     // As in the forward pass: the states before each chunk, and what was found there.
     for (int i = 0; i <= count; i++) {
       const Lane again(0, 1, thread_anew());
       if (i < count) {
         auto& raw = shared.inputs[slot_of(segment, i)];
-        prepare<dense_at>(chunk_of(i), raw, shared.running, A_rest_of(i), i == count - 1 ? shared.K_rest : nullptr, (f16*)raw[log_w_],
+        prepare<dense_at>(chunk_of(i), raw, shared.running, i == count - 1 ? shared.K_rest : nullptr, (f16*)raw[log_w_],
                              8 * (again.warp & 1), 16 * (again.warp >> 1), again);
       }
       if (maker && making.warp < MAKERS && i + 1 < count) await();
@@ -144,8 +142,6 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
           s0[2] = pack_f16(S[key / 8 + 1][0], S[key / 8 + 1][1]), s0[3] = pack_f16(S[key / 8 + 1][2], S[key / 8 + 1][3]);
           store_operand<state_at>(found.S0, s0, again.value, key, again);
           right_of_transposed<tokens_at>(b, chunk.A, again, 0, key);
-          multiply_add(z, s0, b);
-          right_of_transposed<tokens_at>(b, A_rest_of(i - 1), again, 0, key);
           multiply_add(z, s0, b);
         }
         left_of_transposed<tokens_at>(v_t, chunk.V, again, again.value, 0);
@@ -178,7 +174,7 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       float up = unit.up(), down = unit.down();
       float4 dout = load_four(raw[dY_] + raw_at(my_token, channel));
       scale(G, decay, up, l);  // now P
-      if (i < count - 1) prepare<dense_at>(shared.chunk, raw, running, nullptr, shared.K_rest, E_rest, 8 * half, 16 * (warp >> 1), l);
+      if (i < count - 1) prepare<dense_at>(shared.chunk, raw, running, shared.K_rest, E_rest, 8 * half, 16 * (warp >> 1), l);
       store_split<tokens_at>(shared.dY, my_token, channel, dout * up);
       u32 p[N / 32][4];
       as_operand(p, G);

@@ -65,7 +65,7 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const 
     if (c >= 0)
 #pragma unroll
       for (int part = 0; part < 2; part++)
-        prepare<dense_at>(made.chunk, inputs, shared.running[c & 3], nullptr, made.K_rest, (f16*)inputs[log_w_], 8 * part, 16 * l.warp, l);
+        prepare<dense_at>(made.chunk, inputs, shared.running[c & 3], made.K_rest, (f16*)inputs[log_w_], 8 * part, 16 * l.warp, l);
     if (c + 2 < chunks) {
       const Loaded& loaded = loaded_of(shared, c + 2);
       const Made& made = made_of(shared, c + 2);

@@ -17,9 +17,6 @@ enum { r_, log_w_, k_, v_, kappa_, a_, INPUTS };
 struct Chunk {
   f16 R[Q * ROW], A[Q * ROW], K[Q * ROW], E[Q * ROW], V[Q * ROW];  // TOKENS
 };
-struct Rest {
-  f16 A[Q * ROW], K[Q * ROW], E[Q * ROW];  // what f16 cannot hold of them
-};
 enum { rk_, re_, ak_, X_ };
 typedef f16 Squares[4][Q * Q];  // SQUARE
 
@@ -120,22 +117,21 @@ template <bool check> DEVICE void sum_decay(float* running, float* decay, const 
   for (int col = 16 * l.warp; col < N; col += 48) sum_decay<check>(running, decay, log_w, {col}, l);
 }
 
-// R, A, K, E, V from the six inputs [16, N], and, where there is room for it, what f16 cannot hold of A, K and E: A may read
-// a small part of a large state, and what is lost of keys would add up in it. This warp does 8 tokens from `token` on,
-// of 16 channels. All is read before anything is stored: what the compiler cannot tell apart it keeps in order, and waits.
+// R, A, K, E, V from the six inputs [16, N], and, where there is room for it, what f16 cannot hold of K and E:
+// it would add up in the state, as it is never removed there. This warp does 8 tokens from `token` on, of 16 channels. All
+// is read before anything is stored: what the compiler cannot tell apart it keeps in order, and waits.
 template <int (*E_rest_at)(int, int), int tensors>
-DEVICE void prepare(Chunk& chunk, const IO (&inputs)[tensors][Q * N], const float* running, f16* A_rest, f16* K_rest, f16* E_rest, int token, int col, const Lane& l) {
+DEVICE void prepare(Chunk& chunk, const IO (&inputs)[tensors][Q * N], const float* running, f16* K_rest, f16* E_rest, int token, int col, const Lane& l) {
   token += l.turn, col += l.four;
   int from = raw_at(token, col);
   float4 before = load_four(running + sums_at(token, col)), g = load_four(running + sums_at(token + 1, col));
   float4 kappa = load_four(inputs[kappa_] + from), a = load_four(inputs[a_] + from);
   float4 k = load_four(inputs[k_] + from), r = load_four(inputs[r_] + from), v = load_four(inputs[v_] + from);
-  float4 shrunk = each(g * -1, exp2_fast), A = kappa * each(before, exp2_fast), K = k * shrunk, E = kappa * a * shrunk;
+  float4 shrunk = each(g * -1, exp2_fast), K = k * shrunk, E = kappa * a * shrunk;
   store_split<tokens_at>(chunk.R, token, col, r * each(g, exp2_fast));
-  float4 A_held = store_split<tokens_at>(chunk.A, token, col, A);
+  store_split<tokens_at>(chunk.A, token, col, kappa * each(before, exp2_fast));
   float4 K_held = store_split<tokens_at>(chunk.K, token, col, K), E_held = store_split<tokens_at>(chunk.E, token, col, E);
   store_split<tokens_at>(chunk.V, token, col, v);
-  if (A_rest) store_split<tokens_at>(A_rest, token, col, A - A_held);
   if (!K_rest) return;
   store_split<tokens_at>(K_rest, token, col, K - K_held);
   store_split<E_rest_at>(E_rest, token, col, E - E_held);
@@ -201,24 +197,15 @@ DEVICE void relate(const Chunk& chunk, Squares& squares, float* ae, const Lane& 
 }
 
 // z^T [16 values, 16 tokens] += S0 A^T + V^T ak^T, of this warp's values.
-DEVICE void find(float (&z)[2][4], const u32 (&s)[N / 16][4], const u32 (&v)[4], const Chunk& chunk, const Rest& rest, const Squares& squares, const Lane& l) {
+DEVICE void find(float (&z)[2][4], const u32 (&s)[N / 16][4], const u32 (&v)[4], const Chunk& chunk, const Squares& squares, const Lane& l) {
   u32 b[4];
-  float apart[2][4] = {};  // so that neither waits for the other, where there are registers for that
-  auto& more = N == 64 ? apart : z;
 #pragma unroll
   for (int k = 0; k < N; k += 16) {
     right_of_transposed<tokens_at>(b, chunk.A, l, 0, k);
     multiply_add(z, s[k / 16], b);
   }
   right_of_transposed<square_at>(b, squares[ak_], l, 0, 0);
-  multiply_add(more, v, b);
-#pragma unroll
-  for (int k = 0; k < N; k += 16) {
-    right_of_transposed<tokens_at>(b, rest.A, l, 0, k);
-    multiply_add(more, s[k / 16], b);
-  }
-#pragma unroll
-  for (int i = 0; i < 8; i++) z[i >> 2][i & 3] += apart[i >> 2][i & 3];
+  multiply_add(z, v, b);
 }
 // f^T += z^T X^T
 DEVICE void solve(float (&f)[2][4], const float (&z)[2][4], const Squares& squares, const Lane& l) {

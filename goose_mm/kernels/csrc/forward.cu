@@ -10,7 +10,7 @@ constexpr int STAGES = sizeof(IO) == 2 ? 3 : 2;
 struct Shared {
   IO inputs[STAGES][INPUTS][Q * N];
   Chunk chunk[2];
-  Rest rest[2];
+  f16 rest[2][2][Q * ROW];  // of K and E
   Squares squares[2];
   float decay[4][N];  // exp(c) of the chunk that is made, of the two before it, and 1 before the first
   float running[SUMS], scratch[Q * Q];
@@ -57,11 +57,9 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
 
   for (int c = 0; c <= chunks; c++) {
     if (c < chunks)
-      for (int i = l.warp; i < 8 * (N / 64); i += THREADS / 32) {
-        Rest& rest = shared.rest[c & 1];
-        prepare<tokens_at>(shared.chunk[c & 1], shared.inputs[c % STAGES], shared.running, rest.A, rest.K, rest.E,
-                              8 * (i & 1), 16 * (i >> 1), Lane(0, 1, thread_anew()));
-      }
+      for (int i = l.warp; i < 8 * (N / 64); i += THREADS / 32)
+        prepare<tokens_at>(shared.chunk[c & 1], shared.inputs[c % STAGES], shared.running, shared.rest[c & 1][0],
+                              shared.rest[c & 1][1], 8 * (i & 1), 16 * (i >> 1), Lane(0, 1, thread_anew()));
     if (making) request(c + STAGES - 1), copy_wait<STAGES - 2>();
     sync_threads();  // the chunk is here, and the inputs of the next
     if (making) {
@@ -78,7 +76,8 @@ KERNEL(THREADS, N == 64 ? 2 : 1) wkv7_forward(
         each_four(S, l, [&](int value, int key, float4& x) { store_four(to + value * N + key, x * load_four(old + key)); });
       }
       u32 s0[N / 16][4], minus_f[4];
-      read(S, s0, minus_f, chunk, shared.rest[before & 1], squares, old, now, y + d * rows * T * heads * N, sequence, before, l);
+      const auto& rest = shared.rest[before & 1];
+      read(S, s0, minus_f, chunk, rest[0], rest[1], squares, old, now, y + d * rows * T * heads * N, sequence, before, l);
     }
     sync_threads();  // this chunk is made, and the one before it is read
   }

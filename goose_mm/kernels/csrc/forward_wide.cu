@@ -8,7 +8,7 @@ constexpr int STAGES = 3;  // of a group's inputs
 
 struct Made {
   Chunk chunk;
-  Rest rest;
+  f16 K_rest[Q * ROW], E_rest[Q * ROW];
   Squares squares;
 };
 struct Shared {
@@ -40,7 +40,7 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, int group, const
     if (c < chunks)
 #pragma unroll
       for (int part = 0; part < 2; part++)
-        prepare<tokens_at>(made.chunk, inputs_of(c), shared.running[group], made.rest.A, made.rest.K, made.rest.E, 8 * part, 16 * l.warp, l);
+        prepare<tokens_at>(made.chunk, inputs_of(c), shared.running[group], made.K_rest, made.E_rest, 8 * part, 16 * l.warp, l);
     copy_wait<1>();
     sync_group(1 + group, 32 * MAKERS);  // the operands are here, and the inputs of the next chunk
     sum(c + GROUPS);
@@ -88,7 +88,7 @@ KERNEL(THREADS, 1) wkv7_forward_wide(
     for (int c = first < 0 ? 0 : first; c < first + GROUPS && c < chunks; c++) {
       const Made& made = shared.made[c % (2 * GROUPS)];
       u32 s0[N / 16][4], minus_f[4];
-      read(S, s0, minus_f, made.chunk, made.rest, made.squares, shared.decay[c - 1 & 7], shared.decay[c & 7], y, sequence, c, l);
+      read(S, s0, minus_f, made.chunk, made.K_rest, made.E_rest, made.squares, shared.decay[c - 1 & 7], shared.decay[c & 7], y, sequence, c, l);
       if (!saved) continue;
       const Room room(saved, sequence, c, whole);
 #pragma unroll
