@@ -36,7 +36,7 @@ SEGMENTS = {
 # The same for the wide kernels, which save a state for EVERY chunk: heads of 64, 16 bits.
 WIDE, EVERY = 222_256, 0
 SMALL = 2**30
-NUMBERS = 5  # T, heads, rows, slots, reverse: what follows the pointers
+NUMBERS = 5  # T, heads, rows, slots or room, reverse: what follows the pointers
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str:

@@ -184,22 +184,13 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
       if (i < count - 1) request(segment - 1, SEGMENT - 2 - i);
 
       // One of the two warps finds dz of their values, the other dV.
+      const Known known{chunk, found.S0, found.minus_f, back.P, back.dz, shared.dY};
       const Lane l(0, 2, thread_anew());
       u32 dy_t[4], dz_t[4], x[4], b[4];
       float dV[2][4] = {};
       left_of_transposed<tokens_at>(dy_t, shared.dY, l, l.value, 0);
       if (half) {
-#pragma unroll
-        for (int key = 0; key < N; key += 16) {
-          right_of_transposed<state_at>(b, back.P, l, l.value, key);
-          left<tokens_at>(x, chunk.K, l, 0, key);
-          multiply_add(dV, x, b);
-          left<tokens_at>(x, shared.K_rest, l, 0, key);
-          multiply_add(dV, x, b);
-        }
-        left_of_transposed<square_at>(x, found.squares[rk_], l, 0, 0);
-        right<tokens_at>(b, shared.dY, l, 0, l.value);
-        multiply_add(dV, x, b);
+        begin_dV(dV, known, shared.K_rest, found.squares, l);
       } else {
         float minus[2][4] = {};
 #pragma unroll
@@ -214,15 +205,12 @@ KERNEL(THREADS, N == 64 && sizeof(IO) == 2 && AMPLE ? 2 : 1) wkv7_backward(
         store_operand<square_at>(back.dz, dz_t, l.value, 0, l);
       }
       sync_threads();  // dz is here
-      const Known known{chunk, found.S0, found.minus_f, back.P, back.dz, shared.dY};
       left<square_at>(dz_t, back.dz, l, l.value, 0);
       add_product(G, dy_t, chunk.R, l);
       add_product(G, dz_t, chunk.A, l);
       scale(G, decay, down, l);
       if (half) {
-        left_of_transposed<square_at>(x, found.squares[ak_], l, 0, 0);
-        right_of_transposed<square_at>(b, back.dz, l, l.value, 0);
-        multiply_add(dV, x, b);
+        finish_dV(dV, known, found.squares, l);
 #pragma unroll
         for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= down;
         store_tokens(dv + whole, dV, sequence, c, l.value, l);

@@ -1,4 +1,4 @@
-// The gradients of backward.cu where blocks are few, and each has a multiprocessor for itself: the forward pass has kept
+// The gradients of backward.cu where a block has a multiprocessor for itself: the forward pass has kept
 // S0, f and the squares of every chunk, and 16 warps work on three chunks at once.
 //
 // Four makers make a chunk. Four walkers, a chunk behind, take G, the gradient of the state, in registers,
@@ -37,6 +37,10 @@ struct Shared {
 };
 DEVICE Loaded& loaded_of(Shared& shared, int c) { return shared.loaded[(c + AHEAD) % AHEAD]; }
 DEVICE Made& made_of(Shared& shared, int c) { return shared.made[(c + 3) % 3]; }
+DEVICE Walked& walked_of(Shared& shared, int c) { return shared.walked[c & 1]; }
+DEVICE Known known_of(const Loaded& loaded, const Made& made, const Walked& walked) {
+  return {made.chunk, loaded.S0(), loaded.minus_f(), walked.P, walked.dz, walked.dY};
+}
 
 DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const (&inputs)[LOADS], f16* saved, i64 whole, OUT* dv) {
   const Lane l(FINISHERS + WALKERS);
@@ -69,23 +73,11 @@ DEVICE void make(Shared& shared, const Sequence& s, int chunks, const IO* const 
     if (c + 2 < chunks) {
       const Loaded& loaded = loaded_of(shared, c + 2);
       const Made& made = made_of(shared, c + 2);
-      const Walked& walked = shared.walked[c & 1];
+      const Walked& walked = walked_of(shared, c);  // that of c + 2: there are two
+      const Known known = known_of(loaded, made, walked);
       float dV[2][4] = {};
-      u32 x[4], b[4];
-#pragma unroll
-      for (int key = 0; key < N; key += 16) {
-        right_of_transposed<state_at>(b, walked.P, l, l.value, key);
-        left<tokens_at>(x, made.chunk.K, l, 0, key);
-        multiply_add(dV, x, b);
-        left<tokens_at>(x, made.K_rest, l, 0, key);
-        multiply_add(dV, x, b);
-      }
-      left_of_transposed<square_at>(x, loaded.squares()[rk_], l, 0, 0);
-      right<tokens_at>(b, walked.dY, l, 0, l.value);
-      multiply_add(dV, x, b);
-      left_of_transposed<square_at>(x, loaded.squares()[ak_], l, 0, 0);
-      right_of_transposed<square_at>(b, walked.dz, l, l.value, 0);
-      multiply_add(dV, x, b);
+      begin_dV(dV, known, made.K_rest, loaded.squares(), l);
+      finish_dV(dV, known, loaded.squares(), l);
       float down = Unit(walked.exponent).down();
 #pragma unroll
       for (int j = 0; j < 8; j++) dV[j >> 2][j & 3] *= down;
@@ -112,10 +104,10 @@ DEVICE void walk(Shared& shared, const Sequence& s, int chunks, const float* dla
   sync_threads();
   for (int c = chunks; c >= -1; c--) {
     bool there = c >= 0 && c < chunks;
-    Walked& walked = shared.walked[c & 1];
+    Walked& walked = walked_of(shared, c);
     const Loaded& loaded = loaded_of(shared, c);
     const Made& made = made_of(shared, c);
-    const Known known{made.chunk, loaded.S0(), loaded.minus_f(), walked.P, walked.dz, walked.dY};
+    const Known known = known_of(loaded, made, walked);
     float minus[2][4] = {};
     u32 p[N / 16][4], dy_t[4], dz_t[4], b[4];
     float top = 0;
@@ -180,10 +172,10 @@ template <bool keys> DEVICE void finish(Shared& shared, const Sequence& s, int c
   sync_threads();
   sync_threads();
   for (int c = chunks + 1; c >= 0; c--) {
-    const Walked& walked = shared.walked[c & 1];
+    const Walked& walked = walked_of(shared, c);
     const Made& made = made_of(shared, c);
     Loaded& loaded = loaded_of(shared, c);
-    const Known known{made.chunk, loaded.S0(), loaded.minus_f(), walked.P, walked.dz, walked.dY};
+    const Known known = known_of(loaded, made, walked);
     const float* running = shared.running[c & 3];
     if (c < chunks) {
       const Unit unit(walked.exponent);

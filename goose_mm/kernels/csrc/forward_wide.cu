@@ -1,4 +1,4 @@
-// y, the last state, and what gradients need of every chunk, where blocks are few and each has a multiprocessor for itself.
+// y, the last state, and what gradients need of every chunk, where a block has a multiprocessor for itself.
 //
 // Two groups of four makers make a chunk each, while four readers, each with 16 rows of the state, read the two before.
 #include "reading.cuh"

@@ -53,6 +53,28 @@ DEVICE void solve_back(u32 (&dz_t)[4], float (&minus)[2][4], const u32 (&dy_t)[4
   as_operand(dz_t, dz);
 }
 
+// dV of this warp's values: what needs no dz, and what does. K_rest is what f16 cannot hold of K.
+DEVICE void begin_dV(float (&dV)[2][4], const Known& of, const f16* K_rest, const Squares& squares, const Lane& l) {
+  u32 x[4], b[4];
+#pragma unroll
+  for (int key = 0; key < N; key += 16) {
+    right_of_transposed<state_at>(b, of.P, l, l.value, key);
+    left<tokens_at>(x, of.chunk.K, l, 0, key);
+    multiply_add(dV, x, b);
+    left<tokens_at>(x, K_rest, l, 0, key);
+    multiply_add(dV, x, b);
+  }
+  left_of_transposed<square_at>(x, squares[rk_], l, 0, 0);
+  right<tokens_at>(b, of.dY, l, 0, l.value);
+  multiply_add(dV, x, b);
+}
+DEVICE void finish_dV(float (&dV)[2][4], const Known& of, const Squares& squares, const Lane& l) {
+  u32 x[4], b[4];
+  left_of_transposed<square_at>(x, squares[ak_], l, 0, 0);
+  right_of_transposed<square_at>(b, of.dz, l, l.value, 0);
+  multiply_add(dV, x, b);
+}
+
 // The gradients of the products of reads and keys: `which` of drk, dre, dak, dae.
 DEVICE void score_gradients(float (&product)[2][4], const Known& of, int which, const Lane& l) {
   u32 given[N / 16][4], met[N / 16][4];

@@ -9,8 +9,8 @@ constexpr int WARPS = N / 16;     // each owns 16 rows of the state, or 16 colum
 
 // Matrices in shared memory, such that the 8 rows of a piece of 8 x 8 lie in different banks.
 // TOKENS [16, N]: rows with a gap. SQUARE [16, 16] or [N, 16]: pieces one after the other. STATE [N values, N keys]:
-// SQUARES of 16 keys; DENSE [16, N] likewise. The place of a constant row or column is a constant, so one register points
-// to a whole matrix. RAW [16, N]: inputs, whose rows are read whole.
+// SQUARES of 16 keys; DENSE [16, N] likewise. In all of these the place of a sum of multiples of 8 and a rest is the sum of their
+// places, so one register points to a whole matrix. RAW [16, N]: inputs, whose rows are read whole.
 constexpr int ROW = N + 8;
 DEVICE int tokens_at(int row, int col) { return row * ROW + col; }
 DEVICE int square_at(int row, int col) { return (row >> 3) * 128 + (col >> 3) * 64 + (row & 7) * 8 + (col & 7); }
