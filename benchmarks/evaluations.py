@@ -45,7 +45,7 @@ class Options:
 
 def examine(task: str, data: Path, name: str, *more: str, blind: bool = False) -> None:
     """One run of the command, as a person would start it, its report kept as NAME.json."""
-    call = [sys.executable, "-m", "goose_mm.cli", "eval", task, "--data", str(data), *more]
+    call = [sys.executable, "-m", "goose_mm", "eval", task, "--data", str(data), *more]
     with tempfile.TemporaryDirectory() as place:
         out = Path(place)
         if blind:
@@ -75,7 +75,7 @@ def main(options: Options) -> None:
         if options.stickers:
             import goose_mm
             from goose_mm.config import load_recipe
-            from goose_mm.data.vision import Scenes
+            from goose_mm.data.scenes.pictures import Scenes
 
             recipe = load_recipe("vision_tiny")
             tokenizer = goose_mm.load("goose-tiny-vision").lm.tokenizer

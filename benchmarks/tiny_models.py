@@ -78,7 +78,7 @@ def stickers(model_name: str, folder: str, held_out_style: str, scenes: int) -> 
     """Accuracy by examination and family, with the question-only baseline of each."""
     import goose_mm
     from goose_mm.config import load_recipe
-    from goose_mm.data.vision import Scenes, evaluate_answers
+    from goose_mm.data.scenes.pictures import Scenes, evaluate_answers
 
     model = goose_mm.load(model_name)
     recipe = load_recipe("vision_tiny")

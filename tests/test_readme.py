@@ -75,7 +75,7 @@ def test_every_modality_is_shown_in_four_lines():
 def test_command_line_is_understood(command):
     """Also those that are not run: their verbs, recipes and flags exist."""
     words = shlex.split(command.split("<")[0].split("|")[0])
-    assert callable(cli._parse(words[1:]))
+    assert callable(cli.parse(words[1:]))
 
 
 def test_the_test_section_says_make_test():

@@ -4,7 +4,7 @@ The recipe is Kaldi's `compute-fbank-feats` as the Audio Spectrogram Transformer
 of 25 ms every 10 ms that never look past the end (snip_edges), each with its mean removed,
 pre-emphasis 0.97 and a symmetric Hann window; power spectrum; triangular filters on the HTK mel
 scale; natural log with Kaldi's floor; waveforms scaled to +-1. Every step belongs to one frame,
-so it streams exactly. Equal to torchaudio.compliance.kaldi.fbank (tests/test_audio_frontend.py).
+so it streams exactly. Equal to torchaudio.compliance.kaldi.fbank (tests/audio).
 """
 
 # B clips, S samples, F frames, M mel bins

@@ -10,14 +10,10 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from goose_mm.backbone.model import RWKV7
-
 
 _loading: ContextVar[bool] = ContextVar("loading", default=False)
 
@@ -36,19 +32,19 @@ def uninitialised() -> Iterator[None]:
 
 
 @torch.no_grad()
-def initialise(backbone: RWKV7) -> None:
-    """Set every parameter of the stack; random ones draw from torch's default generator."""
+def initialise(blocks: nn.ModuleList, ln_out: nn.LayerNorm) -> None:
+    """Set every parameter of a stack; random ones draw from torch's default generator."""
     if _loading.get():
         return
-    blocks: Any = backbone.blocks
+    block: Any
     for layer, block in enumerate(blocks):
         for norm in (m for m in block.modules() if isinstance(m, nn.LayerNorm)):
             nn.init.ones_(norm.weight)
             nn.init.zeros_(norm.bias)
-        _time_mix(block.att, layer, backbone.config.num_layers)
-        _channel_mix(block.ffn, layer, backbone.config.num_layers)
-    nn.init.ones_(backbone.ln_out.weight)
-    nn.init.zeros_(backbone.ln_out.bias)
+        _time_mix(block.att, layer, len(blocks))
+        _channel_mix(block.ffn, layer, len(blocks))
+    nn.init.ones_(ln_out.weight)
+    nn.init.zeros_(ln_out.bias)
 
 
 def _channels(dim: int) -> Tensor:

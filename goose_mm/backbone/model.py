@@ -25,7 +25,7 @@ class RWKV7(nn.Module):
         self.config = config = config.resolved()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.ln_out = nn.LayerNorm(config.dim)
-        initialise(self)
+        initialise(self.blocks, self.ln_out)
 
     def forward(
         self,

@@ -1,0 +1,1 @@
+"""What models learn from: books, labelled clips, sticker scenes with questions."""

@@ -1,1 +1,1 @@
-"""Metrics and benchmark runs; importing this package imports none of them."""
+"""Benchmark runs and reports; importing this package imports none of them."""

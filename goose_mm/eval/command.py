@@ -11,18 +11,18 @@ from typing import Any
 
 from goose_mm.eval import runner
 from goose_mm.eval.report import write_report
-from goose_mm.eval.task import Task, TaskOptions
+from goose_mm.eval.tasks.task import Task, TaskOptions
 
 TASKS = {  # name -> where it is; imported when asked for
-    "vqav2": ("vision_tasks", "VQAv2"),
-    "textvqa": ("vision_tasks", "TextVQA"),
-    "gqa": ("vision_tasks", "GQA"),
-    "scienceqa": ("vision_tasks", "ScienceQA"),
-    "audioset": ("audio_tasks", "AudioSet"),
-    "esc50": ("audio_tasks", "ESC50"),
-    "lambada": ("text_tasks", "Lambada"),
-    "bits_per_byte": ("text_tasks", "BitsPerByte"),
-    "mmlu": ("text_tasks", "MMLU"),
+    "vqav2": ("vision", "VQAv2"),
+    "textvqa": ("vision", "TextVQA"),
+    "gqa": ("vision", "GQA"),
+    "scienceqa": ("vision", "ScienceQA"),
+    "audioset": ("audio", "AudioSet"),
+    "esc50": ("audio", "ESC50"),
+    "lambada": ("text", "Lambada"),
+    "bits_per_byte": ("text", "BitsPerByte"),
+    "mmlu": ("text", "MMLU"),
 }
 
 
@@ -31,7 +31,7 @@ def open_task(name: str, data: Path, options: TaskOptions) -> Task:
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}, and lab")
     module, kind = TASKS[name]
-    task = getattr(import_module(f"goose_mm.eval.{module}"), kind)
+    task = getattr(import_module(f"goose_mm.eval.tasks.{module}"), kind)
     for option, value in asdict(options).items():
         if value and option not in task.takes:
             raise ValueError(f"{name} has no use for --{option}; it takes {', '.join(task.takes)}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from goose_mm import __version__
-from goose_mm.eval.task import Scores, Task
+from goose_mm.eval.tasks.task import Scores, Task
 
 RESAMPLES = 1000
 

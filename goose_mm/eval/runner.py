@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from goose_mm.checkpoint import digest
 from goose_mm.eval.report import replace, write_report
-from goose_mm.eval.task import Item, Task, grouped
+from goose_mm.eval.tasks.task import Item, Task, grouped
 
 BATCH = {"vision": 1, "audio": 16, "text": 16}  # groups that are predicted at once
 

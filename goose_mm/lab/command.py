@@ -73,7 +73,7 @@ def regular(
     """
     import torch
 
-    from goose_mm.lab.regular import compile_regex
+    from goose_mm.lab.regular.recogniser import compile_regex
 
     model = compile_regex(expression, dtype=getattr(torch, precision))
     for word, accepted in zip(words, model.accepts(list(words)), strict=True):
@@ -95,7 +95,7 @@ def automata(
         precision: Of the weights and the state.
         seed: Of automata and words.
     """
-    from goose_mm.lab.regular_report import check_random
+    from goose_mm.lab.regular.report import check_random
 
     print(json.dumps(check_random(count, max_length, precision, seed), indent=1))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from goose_mm.audio import AudioRWKV7
 from goose_mm.audio.decode import load_audio
-from goose_mm.eval.likelihood import PREFIX_TOKEN, loglikelihoods
+from goose_mm.eval.tasks.likelihood import PREFIX_TOKEN, loglikelihoods
 from goose_mm.text import RWKV7LM
 from goose_mm.text.generate import need_tokenizer
 

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from goose_mm.backbone import State
+from goose_mm.backbone import RWKV7, State
+from goose_mm.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from goose_mm.text.model import RWKV7LM
-    from goose_mm.text.tokenizer import Tokenizer
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What is asked of a model that writes; `RWKV7LM` is one."""
+
+    tokenizer: Tokenizer | None
+    emb: nn.Embedding
+    backbone: RWKV7
+    head: nn.Linear
+
+    def __call__(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +105,7 @@ class Sampler:
 
 @torch.no_grad()
 def prefill(
-    model: RWKV7LM, prompts: Sequence[Sequence[int]], state: State | None = None
+    model: LanguageModel, prompts: Sequence[Sequence[int]], state: State | None = None
 ) -> tuple[Float[Tensor, "B V"], State]:
     """Read prompts of mixed lengths at once; logits after the last token of each, and states."""
     ids, mask = pad(prompts, model.emb.weight.device)
@@ -119,7 +128,7 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Te
 
 
 def decode(
-    model: RWKV7LM, logits: Float[Tensor, "B V"], state: State, sampling: Sampling
+    model: LanguageModel, logits: Float[Tensor, "B V"], state: State, sampling: Sampling
 ) -> Iterator[Int[Tensor, "B"]]:
     """Yield the next token of every row, `max_new_tokens` times. The caller's state is kept."""
     sampler = Sampler(sampling, len(logits))
@@ -173,7 +182,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def write(
-    model: RWKV7LM, tokenizer: Tokenizer, logits: Tensor, state: State, sampling: Sampling
+    model: LanguageModel, tokenizer: Tokenizer, logits: Tensor, state: State, sampling: Sampling
 ) -> Iterator[list[str]]:
     """Decode a batch; yield the new text of every row after each token, until all are done."""
     writers = [Writer(tokenizer, sampling.stop) for _ in range(len(logits))]
@@ -184,7 +193,7 @@ def write(
     yield [writer.finish() for writer in writers]
 
 
-def need_tokenizer(model: RWKV7LM) -> Tokenizer:
+def need_tokenizer(model: LanguageModel) -> Tokenizer:
     if model.tokenizer is None:
         raise ValueError(
             "this model has no tokenizer; set model.tokenizer or load it from a folder"
@@ -197,7 +206,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
 
-def complete(model: RWKV7LM, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+def complete(model: LanguageModel, prompts: Sequence[str], sampling: Sampling) -> list[str]:
     """Continuations of a batch of prompts."""
     tokenizer = need_tokenizer(model)
     logits, state = prefill(model, [encode_prompt(tokenizer, p) for p in prompts])
@@ -205,7 +214,7 @@ def complete(model: RWKV7LM, prompts: Sequence[str], sampling: Sampling) -> list
     return ["".join(row) for row in pieces]
 
 
-def stream_text(model: RWKV7LM, prompt: str, sampling: Sampling) -> Iterator[str]:
+def stream_text(model: LanguageModel, prompt: str, sampling: Sampling) -> Iterator[str]:
     """The continuation of one prompt as it is written."""
     tokenizer = need_tokenizer(model)
     logits, state = prefill(model, [encode_prompt(tokenizer, prompt)])

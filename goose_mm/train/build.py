@@ -42,7 +42,7 @@ def build(recipe: Recipe, out: Path) -> tuple[nn.Module, Any]:
     tokenizer = _tokenizer(recipe, start, out)
     config = _with_vocabulary(config, tokenizer)
     if isinstance(recipe, VisionRecipe):
-        from goose_mm.data.vision import Scenes
+        from goose_mm.data.scenes.pictures import Scenes
 
         data = Scenes(recipe.data, recipe.vision, tokenizer, batch, seed)
         model = _started(build_model(config), start)

@@ -1,0 +1,8 @@
+"""`python -m goose_mm.cli`."""
+
+import sys
+
+from goose_mm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

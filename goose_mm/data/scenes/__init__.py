@@ -1,0 +1,1 @@
+"""The sticker builder: scenes of drawings, questions about them, garment photos."""

@@ -1,0 +1,1 @@
+"""The official evaluators, and what two harnesses make of the same answers."""

@@ -1,0 +1,1 @@
+"""Our models inside two evaluation harnesses, lm-eval and lmms-eval."""

@@ -1,0 +1,1 @@
+"""Benchmarks as their pages hand them out: which files, which questions, how they are scored."""

@@ -1,0 +1,11 @@
+"""WKV-7 in plain PyTorch, chunk by chunk: the kernel of every device without one of its own."""
+
+from goose_mm.kernels.chunked.scan import (
+    LOWEST_LOG_W,
+    backward,
+    empty_saved,
+    forward,
+    unavailable,
+)
+
+__all__ = ["LOWEST_LOG_W", "backward", "empty_saved", "forward", "unavailable"]

@@ -1,0 +1,1 @@
+"""Regular expressions and automata, compiled into the weights of RWKV-7 layers."""
