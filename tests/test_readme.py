@@ -92,10 +92,17 @@ def test_paths_named_exist():
 
 
 def test_the_tree_lists_the_package():
-    tree = README.split("\n## Files\n")[1].split("```")[1]
-    listed = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
-    there = {path.name for path in (ROOT / "goose_mm").glob("[!_]*")}
-    assert listed == there
+    """Every file and folder of the package, and every folder of code inside those."""
+    package, parent, listed = ROOT / "goose_mm", "", set()
+    for line in README.split("\n## Files\n")[1].split("```")[1].splitlines():
+        if line.startswith("  "):
+            name = line.split()[0].rstrip("/")
+            parent = parent if line.startswith("    ") else ""
+            listed.add(f"{parent}{name}")
+            parent = parent or f"{name}/"
+    rooms = {path.parent for path in package.glob("*/*/__init__.py")}
+    there = {path.name for path in package.glob("[!_]*")}
+    assert listed == there | {str(room.relative_to(package)) for room in rooms}
 
 
 def test_tables_are_those_of_the_results():
