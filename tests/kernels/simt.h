@@ -20,6 +20,7 @@
 #define SIZES(threads, bytes) static_assert(threads && bytes, "")
 
 struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 
@@ -94,6 +95,7 @@ template <class Body> void launch(int grid_x, int grid_y, int threads, size_t by
 }
 
 inline float to_float(u16 h) { _Float16 f; memcpy(&f, &h, 2); return f; }
+inline float from_bits(u32 x) { float y; memcpy(&y, &x, 4); return y; }
 inline u16 to_half(float x) { _Float16 f = x; u16 h; memcpy(&h, &f, 2); return h; }
 }  // namespace simt
 
@@ -158,12 +160,13 @@ DEVICE void load_matrices(u32 (&r)[4], const f16* p, bool transposed) {
 DEVICE void load_matrices(u32 (&r)[4], const f16* p) { load_matrices(r, p, false); }
 DEVICE void load_transposed(u32 (&r)[4], const f16* p) { load_matrices(r, p, true); }
 
-DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+template <class Float>
+void multiply_add_as(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, Float to_float) {
   u32* word = simt::exchange[thread()].word;
   memcpy(word, a, 16), word[4] = b0, word[5] = b1;
   simt::meet_warp();
   const simt::Exchange* warp = &simt::exchange[thread() & ~31];
-  auto half = [](u32 w, int i) { return simt::to_float(w >> 16 * (i & 1)); };
+  auto half = [&](u32 w, int i) { return to_float(w >> 16 * (i & 1)); };
   for (int i = 0; i < 4; i++) {
     int lane = thread() & 31, row = lane / 4 + 8 * (i >> 1), col = 2 * (lane % 4) + (i & 1);
     double sum = c[i];
@@ -176,6 +179,20 @@ DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   }
   simt::meet_warp();
 }
+DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply_add_as(c, a, b0, b1, [](u32 h) { return simt::to_float((u16)h); });
+}
+DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, f16) { multiply_add(c, a, b0, b1); }
+DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, bf16) {
+  multiply_add_as(c, a, b0, b1, [](u32 h) { return simt::from_bits(h << 16); });
+}
+
+DEVICE uint4 load_once(const void* p) {
+  if ((uintptr_t)p % 16) simt::failure = "a load of 16 bytes is not aligned";
+  return *(const uint4*)p;
+}
+DEVICE void wait_for_previous() {}
+DEVICE void let_next_begin() {}
 
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE u32 pack_f16(float low, float high) { return simt::to_half(low) | (u32)simt::to_half(high) << 16; }

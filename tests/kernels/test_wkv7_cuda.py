@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from emulator import HOPPER, compiled, emulated_cuda  # noqa: F401
+from emulator import HOPPER, compiled, compiler, emulated_cuda  # noqa: F401
 from test_wkv7 import error, hard_cases, make, noise, oracle, results
 
 from goose_mm.kernels import wkv7

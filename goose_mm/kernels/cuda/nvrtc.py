@@ -10,8 +10,10 @@ import ctypes
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module, resources
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ SOURCES = (
     "chunk.cuh",
     "reading.cuh",
     "gradients.cuh",
+    "step.cuh",
+    "matrices.cuh",
 )  # headers of every kernel
 
 
@@ -123,21 +127,37 @@ def launch(
     shared: int,
     device: int,
     stream: int,
-    arguments: list[int],
+    arguments: Sequence[int | Sequence[int]],
+    early: bool = False,
 ) -> None:
-    """Start a kernel with pointers and integers, on a stream of a device."""
+    """Start a kernel with pointers and integers, on a stream of a device.
+
+    A sequence among the arguments is a struct. `early`: the kernel may begin before the one ahead
+    of it has ended (programmatic dependent launch).
+    """
     driver = bindings("driver")
 
     enter(device)  # the kernel may have been loaded by another thread
-    count = len(arguments)
-    values = (ctypes.c_ulonglong * count)(*arguments)
+    structs = [(x,) if isinstance(x, int) else x for x in arguments]
+    values = (ctypes.c_ulonglong * sum(map(len, structs)))(*chain.from_iterable(structs))
     first = ctypes.addressof(values)
-    places = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
-    ask(
-        driver.cuLaunchKernel(
-            function, *grid, threads, 1, 1, shared, stream, ctypes.addressof(places), 0
+    begins = accumulate(map(len, structs[:-1]), initial=0)
+    places = (ctypes.c_void_p * len(structs))(*(first + 8 * begin for begin in begins))
+    if not early:
+        ask(
+            driver.cuLaunchKernel(
+                function, *grid, threads, 1, 1, shared, stream, ctypes.addressof(places), 0
+            )
         )
-    )
+        return
+    config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    ask(driver.cuLaunchKernelEx(config, function, ctypes.addressof(places), 0))
 
 
 def ask(answer: tuple[Any, ...]) -> Any:

@@ -74,13 +74,42 @@ DEVICE void load_transposed(u32 (&r)[4], const f16* p) {
                : "r"(shared_address(p)) : "memory");
 }
 
-// c [16 x 8] += a [16 x 16] b [16 x 8], f16 in, float32 out.
+// 16 bytes that no other block will ask for: they need no place in the first cache.
+DEVICE uint4 load_once(const void* p) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  return x;
+}
+
+// Programmatic dependent launch: a kernel may begin before those ahead of it in the stream have ended. What they write
+// may be read, and what they read may be written, only after the wait.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// c [16 x 8] += a [16 x 16] b [16 x 8], 16 bits in, float32 out.
+DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, f16) { multiply_add(c, a, b0, b1); }
 
 DEVICE float exp2_fast(float x) {
   float y;
@@ -133,6 +162,7 @@ DEVICE float4 load_four(const bf16* p) {
 }
 DEVICE void store_pair(float* p, float x, float y) { *(float2*)p = {x, y}; }
 DEVICE void store_pair(f16* p, float x, float y) { *(u32*)p = pack_f16(x, y); }
+DEVICE void store_pair(bf16* p, float x, float y) { *(u32*)p = pack_bf16(x, y); }
 DEVICE void store_four(float* p, float4 x) { *(float4*)p = x; }
 DEVICE void store_four(f16* p, float4 x) { *(u64*)p = pack_f16(x.x, x.y) | (u64)pack_f16(x.z, x.w) << 32; }
 DEVICE void store_four(bf16* p, float4 x) { *(u64*)p = pack_bf16(x.x, x.y) | (u64)pack_bf16(x.z, x.w) << 32; }
