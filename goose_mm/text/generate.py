@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from goose_mm.backbone import RWKV7, State
 from goose_mm.text.tokenizer import Tokenizer
+
+HUGE = 1e30  # larger settings act as this one does, and float32 counts with it
 
 
 @runtime_checkable
@@ -33,7 +37,8 @@ class LanguageModel(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen. Applied in the official order: penalties, top-p, top-k,
-    temperature. `temperature=0` (or `top_k=1`) is greedy."""
+    temperature. `temperature=0` (or `top_k=1`) is greedy, infinity draws evenly among those that
+    top-p and top-k leave. ValueError for settings that mean nothing."""
 
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -47,11 +52,18 @@ class Sampling:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        seed = 0 if self.seed is None else self.seed
         checks = {
+            "max_new_tokens must be a whole number": isinstance(self.max_new_tokens, Integral),
+            "top_k must be a whole number": isinstance(self.top_k, Integral),
+            "seed must be a whole number": isinstance(seed, Integral),
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
             "temperature must be 0 or more": self.temperature >= 0,
             "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
             "top_k must be 0 or more": self.top_k >= 0,
+            "presence_penalty must be finite": abs(self.presence_penalty) < inf,
+            "frequency_penalty must be finite": abs(self.frequency_penalty) < inf,
+            "seed must fit in 64 bits": -(2**63) <= seed < 2**64,
             "stop strings must not be empty": all(self.stop),
         }
         for message, holds in checks.items():
@@ -79,25 +91,30 @@ class Sampler:
         if s.presence_penalty or s.frequency_penalty:
             if self.written is None:
                 self.written = torch.zeros_like(logits)
-            logits = logits - s.presence_penalty * (self.written > 0)
-            logits = logits - s.frequency_penalty * self.written
-        if s.temperature == 0 or s.top_k == 1:
-            token = logits.argmax(-1)
-        else:
-            token = self._draw(torch.softmax(logits, -1))
+            presence, frequency = (
+                max(-HUGE, min(penalty, HUGE))
+                for penalty in (s.presence_penalty, s.frequency_penalty)
+            )
+            logits = logits - presence * (self.written > 0)
+            logits = logits - frequency * self.written
+        greedy = s.temperature == 0 or s.top_k == 1
+        token = logits.argmax(-1) if greedy else self._draw(logits)
         if self.written is not None:
             self.written.scatter_add_(1, token[:, None], torch.ones_like(logits[:, :1]))
         return token
 
-    def _draw(self, chances: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
+    def _draw(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, "B"]:
         s = self.sampling
-        chances, order = chances.sort(dim=-1, descending=True, stable=True)
-        before = chances.cumsum(-1) - chances
-        keep = before < s.top_p  # the fewest tokens that reach top_p together
+        behind = logits - logits.amax(-1, keepdim=True)  # the likeliest token is at 0
+        behind, order = behind.sort(dim=-1, descending=True, stable=True)
+        if s.top_p < 1:  # the fewest tokens that reach top_p together, one at least
+            before = torch.softmax(behind, -1).cumsum(-1)[:, :-1]
+            behind[:, 1:].masked_fill_(before >= s.top_p, -inf)
         if s.top_k:
-            keep[:, s.top_k :] = False
-        chances = (chances * keep).pow(1 / s.temperature)
-        edges = chances.double().cumsum(-1)
+            behind[:, s.top_k :] = -inf
+        # in logarithms: a power of a chance would underflow, that of the likeliest token too
+        temperature = max(1 / HUGE, min(s.temperature, HUGE))
+        edges = (behind.double() / temperature).exp().cumsum(-1)
         point = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self.random])
         rank = torch.searchsorted(edges, point.to(edges)[:, None] * edges[:, -1:], right=True)
         return order.gather(1, rank.clamp(max=edges.shape[-1] - 1)).squeeze(1)

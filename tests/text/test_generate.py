@@ -1,5 +1,7 @@
 """Laws of generation: batched = one by one, streamed = whole, the state decides alone."""
 
+from math import inf, nan
+
 import pytest
 import torch
 from tiny import text_model
@@ -78,16 +80,53 @@ def test_samples_follow_the_softmax():
     torch.testing.assert_close(share, logits[0].exp(), atol=0.03, rtol=0)
 
 
+def drawn(logits: list[float], draws: int = 500, **settings) -> set[int]:
+    """What is drawn from the same logits, many times over."""
+    sampler = Sampler(Sampling(seed=0, **settings), draws)
+    for i, generator in enumerate(sampler.random):
+        generator.manual_seed(i)
+    return set(sampler(torch.tensor([logits]).repeat(draws, 1)).tolist())
+
+
 def test_top_p_and_top_k_cut_the_tail():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(500, 1)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    assert drawn(logits, top_p=0.5) == {0} and drawn(logits, top_p=0.79) == {0, 1}
+    assert drawn(logits, top_k=3) == {0, 1, 2} and drawn(logits, top_p=1e-60) == {0}
 
-    def drawn(**settings):
-        sampler = Sampler(Sampling(seed=0, **settings), 500)
-        for i, generator in enumerate(sampler.random):
-            generator.manual_seed(i)
-        return set(sampler(logits).tolist())
 
-    assert drawn(top_p=0.5) == {0} and drawn(top_p=0.79) == {0, 1} and drawn(top_k=3) == {0, 1, 2}
+@pytest.mark.parametrize("temperature", [0.02, 1e-3, 1e-9, 5e-324])
+def test_a_temperature_near_0_is_greedy(model, temperature):
+    greedy = model.generate("The goose", max_new_tokens=12, temperature=0.0)
+    near = {"temperature": temperature, "max_new_tokens": 12, "seed": 1}
+    assert model.generate("The goose", **near) == greedy
+    assert drawn([0.0, 4.0, 3.0, 2.0], temperature=temperature) == {1}
+    tied = drawn([5.0, 5.0, 3.0, 2.0], temperature=temperature)
+    assert tied == {0, 1}
+
+
+@pytest.mark.parametrize("temperature", [1e9, 1e300, inf])
+def test_heat_levels_what_top_p_and_top_k_leave(temperature):
+    # float32 knows no chance as small as those behind the first
+    logits = [-inf, 200.0, 0.0, 600.0, 400.0]
+    assert drawn(logits, temperature=temperature) == {1, 2, 3, 4}
+    assert drawn(logits, temperature=temperature, top_k=3) == {1, 3, 4}
+    assert drawn(logits, temperature=temperature, top_p=0.9) == {3}
+    counted = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4000, 1)
+    sampler = Sampler(Sampling(temperature=temperature, top_k=2), 4000)
+    for i, generator in enumerate(sampler.random):
+        generator.manual_seed(i)
+    share = torch.bincount(sampler(counted), minlength=4) / 4000
+    torch.testing.assert_close(share, torch.tensor([0, 0, 0.5, 0.5]), atol=0.03, rtol=0)
+
+
+def test_seeds_draw_what_they_always_drew():
+    logits = torch.sin(torch.arange(400.0)).reshape(4, 100) * 5
+    sampler = Sampler(Sampling(seed=3, temperature=0.8, top_p=0.9, top_k=20), 4)
+    assert [sampler(logits).tolist() for _ in range(3)] == [
+        [33, 21, 78, 66],
+        [8, 2, 97, 47],
+        [20, 52, 47, 35],
+    ]
 
 
 def test_penalties_count_what_was_written():
@@ -95,6 +134,20 @@ def test_penalties_count_what_was_written():
     # 3.0 | 1.5 against 2.0 | 1.5 against 0.5 | 1.0 against 0.5
     sampler = Sampler(Sampling(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5), 1)
     assert [int(sampler(logits)) for _ in range(4)] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, inf])
+def test_a_huge_penalty_forbids_what_was_written(temperature):
+    logits = torch.tensor([[3.0, 2.0, 0.0, -inf]])
+    for penalty in (1e30, 1e39, 1e308):
+        for name in ("presence_penalty", "frequency_penalty"):
+            sampler = Sampler(Sampling(temperature=temperature, top_k=3, **{name: penalty}), 1)
+            if temperature < inf:
+                assert sorted(int(sampler(logits)) for _ in range(3)) == [0, 1, 2]
+            assert {int(sampler(logits)) for _ in range(9)} <= {0, 1, 2}
+    both = Sampling(presence_penalty=1e308, frequency_penalty=-1e308)
+    sampler = Sampler(both, 1)
+    assert 3 not in [int(sampler(logits)) for _ in range(9)]
 
 
 def test_stop_strings_are_cut_even_across_tokens(model):
@@ -120,8 +173,23 @@ def test_user_text_cannot_end_the_document(model):
         ({"top_k": -2}, "top_k"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"stop": ("",)}, "stop strings"),
+        ({"temperature": nan}, "temperature must be 0 or more, got nan"),
+        ({"top_p": nan}, "top_p must lie"),
+        ({"top_p": inf}, "top_p must lie"),
+        ({"presence_penalty": inf}, "presence_penalty must be finite, got inf"),
+        ({"presence_penalty": nan}, "presence_penalty must be finite, got nan"),
+        ({"frequency_penalty": -inf}, "frequency_penalty must be finite, got -inf"),
+        ({"frequency_penalty": nan}, "frequency_penalty must be finite, got nan"),
+        ({"seed": 2**64}, "seed must fit in 64 bits, got 18446744073709551616"),
     ],
 )
 def test_wrong_settings_say_so(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed"])
+@pytest.mark.parametrize("value", [nan, inf, 2.5])
+def test_whole_numbers_are_whole(name, value):
+    with pytest.raises((ValueError, TypeError), match=name):  # the TypeError is the tests' own
+        Sampling(**{name: value})
