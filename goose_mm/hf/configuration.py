@@ -45,7 +45,7 @@ class RWKV7Config(PreTrainedConfig):
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = False
     use_cache: bool = True
-    tokenizer: str = "world"  # "world", "pile" or "bpe"
+    tokenizer: str | None = "world"  # as `TextConfig` has it
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
