@@ -174,4 +174,5 @@ def real_tokens(attention_mask: Tensor | None, rows: int, length: int) -> Tensor
         shape = list(attention_mask.shape)
         raise ValueError(f"attention_mask is {shape}, for tokens [{rows}, {length}] it must cover")
     mask = attention_mask[:, -length:].bool()
-    return None if mask.all() else mask
+    traced = torch.compiler.is_compiling()  # a graph must not depend on what a mask holds
+    return mask if traced or not mask.all() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from goose_mm.hf import RWKV7Config, RWKV7ForCausalLM
 from goose_mm.hub import load
 
-DIM, LAYERS, ROWS, NEW = 32, 3, 60, 3
+DIM, LAYERS, ROWS, NEW = 32, 2, 60, 3
 IDS = torch.arange(1, 11).reshape(2, 5)
 
 
@@ -182,3 +183,19 @@ def test_a_start_is_drawn_once():
     given = RWKV7ForCausalLM.from_goose(copy.deepcopy(fresh.lm))
     given.post_init()
     assert same(weights(given), before)
+
+
+# --- graphs -------------------------------------------------------------------------------------
+
+
+def test_a_step_that_transformers_exports_is_the_model_s():
+    exporters = pytest.importorskip("transformers.exporters")
+    parts = importlib.import_module("transformers.exporters.utils").decompose_for_generation(
+        a_model(), {"input_ids": IDS, "attention_mask": (IDS > 2).long()}
+    )
+    model, given = parts["decode"]
+    config = exporters.DynamoConfig()
+    exported = exporters.DynamoExporter().export(model, copy.deepcopy(given), config=config)
+    wanted, out = model(**copy.deepcopy(given)), exported(**copy.deepcopy(given))
+    torch.testing.assert_close(out.logits, wanted.logits)
+    torch.testing.assert_close(out.past_key_values.state, wanted.past_key_values.state)
