@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 
 from goose_mm.config import BackboneConfig, TextConfig, TextModel, from_dict
 
+IGNORED = -100  # a label that is not to be predicted, and the id of no token
+
 # what only other kinds of model have: a language model reads from left to right
 NOT_FOR_TEXT = ("bidirectional", "shift")
 SIZES = tuple(f.name for f in fields(BackboneConfig) if f.name not in NOT_FOR_TEXT)

@@ -16,11 +16,9 @@ from transformers.utils import can_return_tuple
 
 from goose_mm.backbone.init import uninitialised
 from goose_mm.hf.cache import RWKV7Cache
-from goose_mm.hf.configuration import RWKV7Config
+from goose_mm.hf.configuration import IGNORED, RWKV7Config
 from goose_mm.hub import open_model
 from goose_mm.text.model import RWKV7LM, max_logit_penalty
-
-IGNORED = -100  # a label that is not to be predicted
 
 
 class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizer
 
 from goose_mm.config import TextConfig
+from goose_mm.hf.configuration import IGNORED
 from goose_mm.text.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
@@ -96,6 +97,8 @@ class GooseTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         if 0 <= index < len(self._names):
             return self._names[index]
+        if index == IGNORED:
+            return ""
         return self.words.decode([index])  # empty for a row of padding, else ValueError
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -143,13 +143,22 @@ def test_an_unknown_name_has_no_id_and_an_unknown_id_no_text(own, world):
     for words, tokenizer in (own, world):
         assert tokenizer.convert_tokens_to_ids("<|im_end|>") is None
         assert tokenizer.convert_tokens_to_ids(["the", "<|im_end|>"])[1] is None
-        for stranger in (-100, -1, 70000):
+        for stranger in (-101, -1, 70000):
             with pytest.raises(ValueError, match=f"token id {stranger} is not in this vocabulary"):
                 tokenizer.decode([words.encode("a")[0], stranger])
             with pytest.raises(ValueError, match="not in this vocabulary"):
                 tokenizer.convert_ids_to_tokens(stranger)
         with pytest.raises(ValueError, match="' ' stands in no token's name"):
             tokenizer.convert_tokens_to_string(["the goose"])
+
+
+def test_labels_are_decoded_without_what_is_ignored(own):
+    words, tokenizer = own
+    labels = [-100, -100, *words.encode("a goose"), 0, -100]
+    assert tokenizer.decode(labels, skip_special_tokens=True) == "a goose"
+    assert tokenizer.batch_decode([labels, [-100]])[1] == ""
+    with pytest.raises(ValueError, match="vocabulary is closed"):
+        copy.deepcopy(tokenizer).pad_token_id = -100
 
 
 def test_words_are_read_as_a_text_with_spaces(own):
