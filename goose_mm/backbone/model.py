@@ -36,12 +36,14 @@ class RWKV7(nn.Module):
         cu_seqlens: Int[Tensor, "S_plus_1"] | None = None,
         grid: tuple[int, int] | None = None,
         kernel: str = "auto",
+        entered: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, "B T C"], State]:
         """Run the stack.
 
         `mask` marks padding (False) anywhere in a row: it touches neither shift nor state, and
         its own output means nothing. `cu_seqlens` packs S sequences into one row, with states
-        `[L, S, ...]`. `grid` is needed by `shift="conv"`.
+        `[L, S, ...]`. `grid` is needed by `shift="conv"`. What enters every block is appended to
+        the list `entered`.
         """
         batch, length, dim = x.shape
         if dim != self.config.dim:
@@ -61,6 +63,8 @@ class RWKV7(nn.Module):
         for block, layer_state in zip(self.blocks, zip(*before, strict=True), strict=True):
             if self.config.bidirectional:
                 layer_state = (*layer_state[:2], None)
+            if entered is not None:
+                entered.append(x)
             x, v_first, layer_state = block(x, v_first, layer_state, stream, kernel)
             after.append(layer_state)
         if self.config.bidirectional:

@@ -22,6 +22,15 @@ class StateLayer(CacheLayerMixin):
         super().__init__()
         self.state, self.tokens = state, tokens
 
+    @property
+    def state(self) -> State | None:
+        return None if self.parts is None else State(*self.parts)
+
+    @state.setter
+    def state(self, state: State | None) -> None:
+        # the exporters of transformers take a cache apart, and rebuild no tuple but a plain one
+        self.parts = None if state is None else tuple(state)
+
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("RWKV-7 keeps no keys and values; its cache is `state`")
 
@@ -71,8 +80,11 @@ class RWKV7Cache(Cache):
     """
 
     def __init__(self, state: State | None = None, tokens: int = 0) -> None:
-        self.memory = StateLayer(state, tokens)
-        super().__init__(layers=[self.memory])
+        super().__init__(layers=[StateLayer(state, tokens)])
+
+    @property
+    def memory(self) -> StateLayer:
+        return self.layers[0]  # type: ignore[bad-return]
 
     @property
     def state(self) -> State | None:

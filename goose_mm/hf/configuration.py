@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 
 from goose_mm.config import BackboneConfig, TextConfig, TextModel, from_dict
 
+IGNORED = -100  # a label that is not to be predicted, and the id of no token
+
 # what only other kinds of model have: a language model reads from left to right
 NOT_FOR_TEXT = ("bidirectional", "shift")
 SIZES = tuple(f.name for f in fields(BackboneConfig) if f.name not in NOT_FOR_TEXT)
@@ -45,7 +47,7 @@ class RWKV7Config(PreTrainedConfig):
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = False
     use_cache: bool = True
-    tokenizer: str = "world"  # "world", "pile" or "bpe"
+    tokenizer: str | None = "world"  # as `TextConfig` has it
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -16,21 +16,20 @@ from transformers.utils import can_return_tuple
 
 from goose_mm.backbone.init import uninitialised
 from goose_mm.hf.cache import RWKV7Cache
-from goose_mm.hf.configuration import RWKV7Config
+from goose_mm.hf.configuration import IGNORED, RWKV7Config
 from goose_mm.hub import open_model
 from goose_mm.text.model import RWKV7LM, max_logit_penalty
-
-IGNORED = -100  # a label that is not to be predicted
 
 
 class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
     """`lm` is the model itself. Padding, on either side, is what `attention_mask` says it is: it
-    touches no state. There are no hidden states or attentions to return, and no gradient
-    checkpointing; assisted decoding, which takes tokens back, is refused by `generate`.
+    touches no state. There are no attentions to return, and no gradient checkpointing; assisted
+    decoding, which takes tokens back, is refused by `generate`.
     """
 
     config_class = RWKV7Config
     config: RWKV7Config  # type: ignore[bad-override]
+    base_model_prefix = "lm"
     main_input_name = "input_ids"
     _is_stateful = True
     _tied_weights_keys = {"lm.head.weight": "lm.emb.weight"}  # noqa: RUF012
@@ -38,11 +37,10 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RWKV7Config, lm: RWKV7LM | None = None) -> None:
         super().__init__(config)
         if lm is None:
-            with uninitialised():  # `initialize_weights` sets those that are not loaded
+            with uninitialised():  # `_init_weights` sets those that are not loaded
                 lm = RWKV7LM(config.goose())
         else:
-            for parameter in lm.parameters():
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            lm._is_hf_initialized = True  # type: ignore[bad-argument-type]
         self.lm = lm
         self.post_init()
 
@@ -69,9 +67,20 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.lm.head = new_embeddings
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.lm.config = self.config.goose()  # as many rows as there are now
+        return embeddings
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        if module is self.lm:  # a start is given to the stack as a whole, and once
+            super()._initialize_weights(module)
+
     @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Give every weight that was not loaded its official start."""
+    def _init_weights(self, module: nn.Module) -> None:
+        """Give the weights of `lm` that were not loaded their official start."""
+        if module is not self.lm:  # a table being resized
+            return super()._init_weights(module)
         absent = {
             name: parameter
             for name, parameter in self.lm.named_parameters()
@@ -101,18 +110,23 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B,T,V] after every token of `input_ids` [B,T] or `inputs_embeds` [B,T,C].
 
         `attention_mask` [B,T], or [B,T before and now], is 0 at padding. `past_key_values` is an
         `RWKV7Cache`, which is moved on. `labels` [B,T] are the ids themselves, -100 where nothing
-        is to be predicted; the loss is that of `RWKV7LM.loss`. ValueError for anything else.
+        is to be predicted; the loss is that of `RWKV7LM.loss`. `output_hidden_states` gives what
+        enters every layer and what leaves the last norm, L+1 times [B,T,C]. ValueError for
+        anything else.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
-            raise ValueError("RWKV7ForCausalLM returns no hidden states and no attentions")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError("RWKV-7 is recurrent: it has no attentions to output")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if not isinstance(past_key_values, RWKV7Cache | None):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values must be a goose_mm.hf.RWKV7Cache, not a {kind}")
@@ -122,14 +136,18 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
 
         x = self.lm.emb(input_ids) if inputs_embeds is None else inputs_embeds
         mask = real_tokens(attention_mask, *x.shape[:2])
-        hidden, state = self.lm.backbone(x, cache and cache.state, mask=mask)
+        layers: list[Tensor] | None = [] if output_hidden_states else None
+        hidden, state = self.lm.backbone(x, cache and cache.state, mask=mask, entered=layers)
         if cache is not None:
             cache.advance(state, x.shape[1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm.head(hidden[:, kept])
         loss = None if labels is None else self._loss(logits, labels, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache if use_cache else None
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=None if layers is None else (*layers, hidden),
         )
 
     def _loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
@@ -154,4 +172,5 @@ def real_tokens(attention_mask: Tensor | None, rows: int, length: int) -> Tensor
         shape = list(attention_mask.shape)
         raise ValueError(f"attention_mask is {shape}, for tokens [{rows}, {length}] it must cover")
     mask = attention_mask[:, -length:].bool()
-    return None if mask.all() else mask
+    traced = torch.compiler.is_compiling()  # a graph must not depend on what a mask holds
+    return mask if traced or not mask.all() else None
