@@ -89,14 +89,14 @@ def decode(
     sampler = Sampler(sampling, len(logits))
     ahead = AHEAD if logits.is_cuda else 0
     waiting: deque[Arrival] = deque()
-    with torch.no_grad(), stepping(model, state) as step:
-        for number in range(sampling.max_new_tokens):
-            if number:
-                logits = step(token)
-            token = sampler(logits)
-            waiting.append(Arrival.of(token))
+    with stepping(model, state) as step:
+        token = sampler(logits)
+        waiting.append(Arrival.of(token))
+        for _ in range(sampling.max_new_tokens - 1):
             if len(waiting) > ahead:
                 yield waiting.popleft().take()
+            token = sampler(step(token))
+            waiting.append(Arrival.of(token))
     while waiting:
         yield waiting.popleft().take()
 
