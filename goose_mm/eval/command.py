@@ -56,6 +56,8 @@ def evaluate(
     `skip_bad` leaves out what cannot be decoded.
     """
     place = parse_shard(shard)
+    if skip_bad and predictions:
+        raise ValueError("--skip-bad is about what a model reads; --predictions needs no model")
     task = open_task(name, data, options)
     if predictions is None:
         called, model = load(task.kind)

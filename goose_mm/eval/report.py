@@ -45,7 +45,7 @@ def write_report(
     replace(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     replace(out / "report.md", markdown(report))
     if (upload := task.upload(predictions)) is not None:
-        replace(out / "upload.json", json.dumps(upload, ensure_ascii=False))
+        replace(out / "upload.json", json.dumps(upload))
     draw(report, out / "figure.svg")
     return report
 

@@ -157,10 +157,12 @@ def refuse_changed(
 
 
 def named(task: Task, groups: Sequence[str]) -> str:
-    """How many, and which: "2 pictures (a.jpg, b.jpg)"."""
-    names = list(dict.fromkeys(os.path.basename(group) for group in groups))
-    more = ", ..." if len(names) > NAMED else ""
-    return f"{len(set(groups))} {CALLED[task.kind]} ({', '.join(names[:NAMED])}{more})"
+    """How many of a task's groups, and which: "2 of 9 pictures (a.jpg, b.jpg)"."""
+    some, every = dict.fromkeys(groups), {item.group for item in task.items}
+    folder = f"{task.official.folder}{os.sep}"
+    names = [group.removeprefix(folder) for group in some][:NAMED]
+    more = ", ..." if len(some) > NAMED else ""
+    return f"{len(some)} of {len(every)} {CALLED[task.kind]} ({', '.join(names)}{more})"
 
 
 def finish(task: Task, out: Path, skip_bad: bool = False) -> dict[str, Any] | None:
@@ -183,7 +185,7 @@ def finish(task: Task, out: Path, skip_bad: bool = False) -> dict[str, Any] | No
             )
         task.items = [item for item in task.items if "prediction" in found[item.id]]
         if not task.items:
-            raise ValueError(f"all {told} could not be decoded, the first because {first}")
+            raise ValueError(f"{told} could not be decoded, the first because {first}")
         settings["left out"] = f"{len(bad)} items: {told} could not be decoded"
     replace(out / "cost.json", json.dumps(cost(out), indent=1) + "\n")
     answers = {item.id: found[item.id]["prediction"] for item in task.items}

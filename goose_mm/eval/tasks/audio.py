@@ -203,7 +203,7 @@ class ESC50(ClipTask):
             rows = [row for row in rows if f"fold{row.fold}" == split]
         rows = limited(rows, options.limit)
         names = [os.path.relpath(row.file, data if own else data / "audio") for row in rows]
-        unique(names, f"{data / table}, filename")
+        unique((f"{data / table}, row {i}", name) for i, name in enumerate(names, start=1))
         self.known = dict(zip(names, rows, strict=True))
         self.items = [Item(name, str(row.file)) for name, row in self.known.items()]
         self.settings = {"split": split, "classes": len(self.labels)}
@@ -231,7 +231,7 @@ def read_classes(official: Files) -> list[Class]:
     for i, (place, row) in enumerate(rows):
         if row.get("index", i) != i:
             raise ValueError(f"{place}, index: {row['index']} instead of {i}; put them in order")
-    unique([row["mid"] for _, row in rows], f"{official.folder / CLASSES}, mid")
+    unique((place, row["mid"]) for place, row in rows)
     return [row for _, row in rows]
 
 
@@ -243,9 +243,9 @@ def read_segments(official: Files, name: str) -> dict[str, list[str]] | None:
     def fits(row: list[str]) -> bool:
         return len(row) == 4 and all(row)
 
-    rows = [row for _, row in official.cells(name, fits, "4 fields: id, start, end, labels")]
-    unique([key for key, *_ in rows], str(official.folder / name))
-    return {key: [mid.strip() for mid in mids.split(",")] for key, _, _, mids in rows}
+    rows = official.cells(name, fits, "4 fields: id, start, end, labels")
+    unique((place, row[0]) for place, row in rows)
+    return {key: [mid.strip() for mid in mids.split(",")] for _, (key, _, _, mids) in rows}
 
 
 def read_events(official: Files, name: str) -> dict[str, list[str]]:

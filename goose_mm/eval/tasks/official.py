@@ -50,9 +50,12 @@ class Files:
         file = self.folder / name
         return typed(parsed(self.text(name), str(file)), kind, str(file))
 
-    def listed(self, name: str, key: str, kind: Any) -> list[Any]:
-        """The list of rows that a JSON object holds under a key."""
-        return self.keyed(name, list[kind], [key])[key]
+    def listed(self, name: str, key: str, kind: Any, field: str = "") -> list[Any]:
+        """The list of rows that a JSON object holds under a key; no two have the same `field`."""
+        rows = self.keyed(name, list[kind], [key])[key]
+        place = f"{self.folder / name}, {key}"
+        unique((f"{place}[{i}]", row[field] if field else row) for i, row in enumerate(rows))
+        return rows
 
     def keyed(self, name: str, kind: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
         """The values of a JSON object, all or those that are named, each of a type."""
@@ -127,15 +130,18 @@ def parsed(text: str, place: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        unique([key for key, _ in pairs], "in one object")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"one object has {twice!r} twice")
     return found
 
 
-def unique(keys: Sequence[Any], place: str) -> None:
-    """ValueError if a key stands there twice."""
-    if len(set(keys)) < len(keys):
-        twice = next(key for key, count in Counter(keys).items() if count > 1)
-        raise ValueError(f"{place}: {twice!r} stands there twice; remove one")
+def unique(keys: Iterable[tuple[str, Any]]) -> None:
+    """ValueError if two places have the same key."""
+    seen = set()
+    for place, key in keys:
+        if key in seen:
+            raise ValueError(f"{place}: {key!r} stands in a row before, too; remove one of them")
+        seen.add(key)
 
 
 def covered(keys: Iterable[Any], known: Collection[Any], file: Path) -> None:
@@ -200,9 +206,13 @@ def _rows(text: str, file: Path, separator: str, cut: bool) -> Iterator[tuple[st
         for row in rows:
             while row and not row[-1].strip():
                 row.pop()
-            if row:
-                cells = [cell.strip() for cell in row] if cut else row
-                yield f"{file}, line {rows.line_num}", cells
+            place, cells = f"{file}, line {rows.line_num}", row
+            if cut:
+                if any("\n" in cell for cell in row):
+                    raise ValueError(f"{place}: a quote is opened and not closed in its line")
+                cells = [cell.strip() for cell in row]
+            if cells:
+                yield place, cells
     except csv.Error as error:
         raise ValueError(f"{file}, line {rows.line_num}: {error}") from None
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from goose_mm.eval.metrics.scienceqa import parse_choice, scienceqa_scores
-from goose_mm.eval.tasks.official import Name, unique
+from goose_mm.eval.tasks.official import Name
 from goose_mm.eval.tasks.picture import PictureTask
 from goose_mm.eval.tasks.task import Item, Scores, TaskOptions, limited, need
 
@@ -36,7 +36,6 @@ class ScienceQA(PictureTask):
         files = {problems: "questions", splits: "splits", split: "pictures"}
         need(data, files, "get them from scienceqa.github.io, and unpack the pictures there")
         names = self.official.listed(splits, split, str)
-        unique(names, f"{data / splits}, {split}")
         self.known = self.official.keyed(problems, Problem, limited(names, options.limit))
         self.items = []
         for key, row in self.known.items():

@@ -15,7 +15,7 @@ from goose_mm.eval.metrics.vqa import (
     vqa_accuracy_lmms_eval,
     vqa_scores,
 )
-from goose_mm.eval.tasks.official import Name, covered, unique
+from goose_mm.eval.tasks.official import Name, covered
 from goose_mm.eval.tasks.picture import PictureTask, percent, plain
 from goose_mm.eval.tasks.task import Item, Scores, TaskOptions, limited, need
 
@@ -53,8 +53,7 @@ class VQAv2(PictureTask):
         if not split.startswith("test"):
             files[answers] = "answers"
         need(data, files, "get them from visualqa.org/download, and unpack them there")
-        rows = self.official.listed(questions, "questions", Question)
-        unique([row["question_id"] for row in rows], f"{data / questions}, question_id")
+        rows = self.official.listed(questions, "questions", Question, "question_id")
         self.items = [
             Item(
                 str(row["question_id"]),
@@ -65,8 +64,7 @@ class VQAv2(PictureTask):
         ]
         self.known = {}
         if answers in files:
-            found = self.official.listed(answers, "annotations", Annotation)
-            unique([row["question_id"] for row in found], f"{data / answers}, question_id")
+            found = self.official.listed(answers, "annotations", Annotation, "question_id")
             self.known = {str(row["question_id"]): row for row in found}
             covered([item.id for item in self.items], self.known, data / answers)
         self.settings["answers"] = "lower case, final stop removed, before scoring"
@@ -145,12 +143,11 @@ class TextVQA(PictureTask):
             files[words] = "OCR tokens"
         need(data, files, "get them from textvqa.org/dataset, and unpack them there")
         kind = Asked if split == "test" else Answered
-        rows = self.official.listed(questions, "data", kind)
-        unique([row["question_id"] for row in rows], f"{data / questions}, question_id")
+        rows = self.official.listed(questions, "data", kind, "question_id")
         rows = limited(rows, options.limit)
         tokens: dict[str, list[str]] = {}
         if options.ocr:
-            found = self.official.listed(words, "data", Words)
+            found = self.official.listed(words, "data", Words, "image_id")
             tokens = {row["image_id"]: row["ocr_tokens"] for row in found}
             covered([row["image_id"] for row in rows], tokens, data / words)
         self.items = []
