@@ -59,6 +59,7 @@ def run(
     read is not the same any more, or if another process works on the same shard; in the end,
     ValueError if something could not be decoded.
     """
+    assert len({item.id for item in task.items}) == len(task.items), "ids are unique"
     task.ready(model)
     out.mkdir(parents=True, exist_ok=True)
     settle(out, {"model": name, "weights": digest(model.state_dict())[:16], **describe(task)})
@@ -123,8 +124,8 @@ def changed(
 ) -> set[str]:
     """Reads again what was done. The items that could not be decoded, and are not the same now.
 
-    ValueError if what was predicted is not the same. To read takes a second a gigabyte or two,
-    which is little beside a prediction; a file's time and size would prove nothing.
+    ValueError if what was predicted is not the same. Reading takes some seconds a gigabyte, which
+    is little beside the predictions; a file's time and size would prove nothing.
     """
     bar = tqdm(groups, "checking", unit="file", file=sys.stderr, disable=quiet or None, leave=False)
     reads = [read_again(task, group) for group in bar]
@@ -180,8 +181,8 @@ def finish(task: Task, out: Path, skip_bad: bool = False) -> dict[str, Any] | No
         first = found[bad[0].id]["error"]
         if not skip_bad:
             raise ValueError(
-                f"{told} could not be decoded, the first because {first}; mend what they are and "
-                "run again, or leave them out with --skip-bad"
+                f"{told} could not be decoded, the first because {first}; replace them and run "
+                "again, or leave them out with --skip-bad"
             )
         task.items = [item for item in task.items if "prediction" in found[item.id]]
         if not task.items:
@@ -220,10 +221,11 @@ def differences(held: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What two settings do not have in common; of files, which have changed."""
     for key in {**held, **now}:
         before, after = held.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            for name in {**before, **after}:
-                if before.get(name) != after.get(name):
-                    yield f"{name} has changed"
+        if key == "files":
+            for name in {**(before or {}), **(after or {})}:
+                old, new = ((files or {}).get(name) for files in (before, after))
+                if old != new:
+                    yield f"{name} has changed" if old and new else f"{name} is not read by both"
         elif before != after:
             yield f"{key}={before!r}, now {after!r}"
 

@@ -12,7 +12,7 @@ from test_eval_runs import answers, picture, write
 
 from goose_mm.cli import main
 from goose_mm.eval.command import open_task
-from goose_mm.eval.tasks.official import Files, digest
+from goose_mm.eval.tasks.official import Files, digest_of
 from goose_mm.eval.tasks.task import TaskOptions
 
 OPTIONS = TaskOptions()
@@ -83,8 +83,8 @@ def test_a_digest_is_that_of_sha256sum(tmp_path):
     data = bytes(range(256)) * 9000  # more than is held at once
     (tmp_path / "rows").write_bytes(data)
     known = hashlib.sha256(data).hexdigest()[:16]
-    assert digest(tmp_path / "rows") == digest(data) == digest(data[:5], data[5:]) == known
-    assert digest(np.frombuffer(data, np.int16)) == known
+    assert digest_of(tmp_path / "rows") == digest_of(data) == digest_of(data[:5], data[5:]) == known
+    assert digest_of(np.frombuffer(data, np.int16)) == known
     text = Files(tmp_path)
     with pytest.raises(ValueError):
         text.rows("rows", Row)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from goose_mm.eval.metrics.audio import fold_accuracy, tagging_metrics
 from goose_mm.eval.tasks import clip_files
 from goose_mm.eval.tasks.clip_files import Clip, files_of, index, waveform
-from goose_mm.eval.tasks.official import Files, Name, digest, unique
+from goose_mm.eval.tasks.official import Files, Name, digest_of, unique
 from goose_mm.eval.tasks.task import Item, Scores, Task, TaskOptions, limited, need
 
 CLASSES = "class_labels_indices.csv"
@@ -74,7 +74,7 @@ class ClipTask(Task):
 
     def digest(self, source: Sound) -> str:
         rate = () if source.rate is None else (str(source.rate).encode(),)
-        return digest(source.data, *rate)
+        return digest_of(source.data, *rate)
 
     def decode(self, source: Sound, model: Any) -> np.ndarray:
         return waveform(*source, model.config.audio.sample_rate)
@@ -134,7 +134,7 @@ class AudioSet(ClipTask):
             )
         if table is None:
             told = json.dumps(self.known, sort_keys=True)
-            self.official.digests[f"{split} (labels)"] = digest(told.encode())
+            self.official.digests[f"{split} (labels)"] = digest_of(told.encode())
         self.items = limited([Item(key, key) for key in self.clips], options.limit)
         self.settings = {
             "split": split,
@@ -196,7 +196,7 @@ class ESC50(ClipTask):
         own = (data / "meta.csv").is_file()
         table = "meta.csv" if own else "meta/esc50.csv"
         self.official = Files(data)
-        self.official.digests[table] = digest(data / table)
+        self.official.digests[table] = digest_of(data / table)
         self.labels = tuple(sorted({row.label for row in rows}))
         split = options.split or "all"
         if split != "all":

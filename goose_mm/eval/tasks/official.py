@@ -42,7 +42,7 @@ class Files:
 
     def text(self, name: str) -> str:
         data = (self.folder / name).read_bytes()
-        self.digests[name] = digest(data)
+        self.digests[name] = digest_of(data)
         return decoded(data, self.folder / name)
 
     def json(self, name: str, kind: Any) -> Any:
@@ -96,7 +96,7 @@ class Files:
         return [(place, typed(row, kind, place, strict=False)) for place, row in named]
 
 
-def digest(*parts: bytes | Path | np.ndarray) -> str:
+def digest_of(*parts: bytes | Path | np.ndarray) -> str:
     """16 digits of the sha256 of bytes, samples or what files hold, one after the other."""
     found = hashlib.sha256()
     for part in parts:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from goose_mm.eval.tasks.official import Files
-from goose_mm.eval.tasks.task import SHORT_ANSWER, Item, Task, TaskOptions
+from goose_mm.eval.tasks.task import SHORT_ANSWER, Item, Task, TaskOptions, grouped
 
 MAX_NEW_TOKENS = 128
 
@@ -37,7 +37,7 @@ class PictureTask(Task):
         }
 
     def ready(self, model: Any) -> None:
-        files = {file for item in self.items if (file := self.source([item]))}
+        files = [file for group in grouped(self.items) if (file := self.source(group))]
         if missing := sorted(str(file) for file in files if not file.is_file()):
             raise FileNotFoundError(
                 f"{len(missing)} of {len(files)} pictures are missing, such as "

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from goose_mm.eval.tasks.official import Files, digest
+from goose_mm.eval.tasks.official import Files, digest_of
 
 T = TypeVar("T")
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
@@ -75,7 +75,7 @@ class Task(ABC):
 
     def digest(self, source: Any) -> str:
         """Of all that `source` holds."""
-        return "" if source is None else digest(source)
+        return "" if source is None else digest_of(source)
 
     def decode(self, source: Any, model: Any) -> Any:
         """What the model is given of a source. ValueError if that is damaged or something else."""
