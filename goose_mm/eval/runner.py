@@ -225,7 +225,7 @@ def differences(held: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             for name in {**(before or {}), **(after or {})}:
                 old, new = ((files or {}).get(name) for files in (before, after))
                 if old != new:
-                    yield f"{name} has changed" if old and new else f"{name} is not read by both"
+                    yield f"{name} has changed" if old and new else f"one has not read {name}"
         elif before != after:
             yield f"{key}={before!r}, now {after!r}"
 

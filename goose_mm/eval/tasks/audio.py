@@ -203,7 +203,6 @@ class ESC50(ClipTask):
             rows = [row for row in rows if f"fold{row.fold}" == split]
         rows = limited(rows, options.limit)
         names = [os.path.relpath(row.file, data if own else data / "audio") for row in rows]
-        unique((f"{data / table}, row {i}", name) for i, name in enumerate(names, start=1))
         self.known = dict(zip(names, rows, strict=True))
         self.items = [Item(name, str(row.file)) for name, row in self.known.items()]
         self.settings = {"split": split, "classes": len(self.labels)}
