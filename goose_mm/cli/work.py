@@ -86,6 +86,7 @@ def evaluate(
     limit: int = 0,
     shard: str = "0/1",
     predictions: Path | None = None,
+    skip_bad: bool = False,
     device: str = "",
 ) -> None:
     """Score a model on a benchmark. Killed, it goes on with the same command.
@@ -103,6 +104,7 @@ def evaluate(
         limit: Only this many items, the first.
         shard: I/N: this process does part I of N.
         predictions: Score this file instead of running a model.
+        skip_bad: Leave out pictures and clips that cannot be decoded; the report counts them.
         device: cpu or cuda; cuda when there is one.
     """
     from goose_mm.eval import command
@@ -113,7 +115,7 @@ def evaluate(
         return name, open_model(name, kind, device)
 
     options = TaskOptions(split=split, prompt=prompt, ocr=ocr, blind=blind, limit=limit)
-    report = command.evaluate(task, data, out, options, load, shard, predictions)
+    report = command.evaluate(task, data, out, options, load, shard, predictions, skip_bad)
     if report is not None:
         for name, value in report["scores"].items():
             print(f"{name}  {'not measured' if value is None else f'{value:.4g}'}")

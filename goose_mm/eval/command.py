@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from goose_mm.eval import runner
+from goose_mm.eval.predictions import read_foreign
 from goose_mm.eval.report import write_report
 from goose_mm.eval.tasks.task import Task, TaskOptions
 
 TASKS = {  # name -> where it is; imported when asked for
-    "vqav2": ("vision", "VQAv2"),
-    "textvqa": ("vision", "TextVQA"),
-    "gqa": ("vision", "GQA"),
-    "scienceqa": ("vision", "ScienceQA"),
+    "vqav2": ("vqa", "VQAv2"),
+    "textvqa": ("vqa", "TextVQA"),
+    "gqa": ("gqa", "GQA"),
+    "scienceqa": ("scienceqa", "ScienceQA"),
     "audioset": ("audio", "AudioSet"),
     "esc50": ("audio", "ESC50"),
     "lambada": ("text", "Lambada"),
@@ -46,18 +47,22 @@ def evaluate(
     load: Callable[[str], tuple[str, Any]],
     shard: str = "0/1",
     predictions: Path | None = None,
+    skip_bad: bool = False,
 ) -> dict[str, Any] | None:
     """Run or go on with an evaluation; the report, or None while other shards are at work.
 
     `load` gives the model's name and the model of a kind ("vision", "audio", "text").
     With `predictions`, those of this file are scored instead, and no model is loaded.
+    `skip_bad` leaves out what cannot be decoded.
     """
     place = parse_shard(shard)
+    if skip_bad and predictions:
+        raise ValueError("--skip-bad is about what a model reads; --predictions needs no model")
     task = open_task(name, data, options)
     if predictions is None:
         called, model = load(task.kind)
-        return runner.run(task, model, called, out, place)
-    found = runner.read_foreign(predictions, task)
+        return runner.run(task, model, called, out, place, skip_bad=skip_bad)
+    found = read_foreign(predictions, task)
     out.mkdir(parents=True, exist_ok=True)
     runner.settle(out, {"model": f"file {predictions.name}", **runner.describe(task)})
     settings = json.loads((out / "settings.json").read_text())
@@ -67,6 +72,6 @@ def evaluate(
 def parse_shard(text: str) -> tuple[int, int]:
     """ "I/N" with 0 <= I < N."""
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"--shard is I/N with I from 0 to N - 1, as 0/2; got {text!r}")
     return int(index), int(count)

@@ -38,13 +38,14 @@ def write_report(
         "scores": {scores.headline: None} | scores.values,  # the headline stands first
         "types": scores.types,
         "baselines": baselines,
-        "settings": settings,
+        # the same sounds score the same, whatever files held them and their labels
+        "settings": {key: value for key, value in settings.items() if key != "files"},
         "software": {"goose_mm": __version__, "commit": commit()},
     }
     replace(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     replace(out / "report.md", markdown(report))
     if (upload := task.upload(predictions)) is not None:
-        replace(out / "upload.json", json.dumps(upload, ensure_ascii=False))
+        replace(out / "upload.json", json.dumps(upload))
     draw(report, out / "figure.svg")
     return report
 

@@ -1,30 +1,45 @@
 """Runs a task: predictions are written as they come, and what is written stays.
 
-The folder of a run holds `settings.json`, what the run is; `predictions-I-of-N.jsonl`, one file for
-each process; `cost.json`; and, once every item has a prediction, the report. A run that was killed
-goes on with the same command. Several processes share a run by `shard`; the last writes the report.
+The folder of a run holds `settings.json`, what the run is and which official files it has read;
+`predictions-I-of-N.jsonl`, one file for each process; `cost.json`; and, once every item has a
+prediction, the report. A run that was killed goes on with the same command: a prediction tells what
+it was made from, which must be the same still. Several processes share a run by `shard`; the last
+writes the report.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from goose_mm.checkpoint import digest
+from goose_mm.eval import predictions
+from goose_mm.eval.predictions import Line
 from goose_mm.eval.report import replace, write_report
 from goose_mm.eval.tasks.task import Item, Task, grouped
 
 BATCH = {"vision": 1, "audio": 16, "text": 16}  # groups that are predicted at once
+CALLED = {"vision": "pictures", "audio": "clips", "text": "documents"}
+NAMED = 10  # of those that something is wrong with
+
+Group = Sequence[Item]
+
+
+class Seen(NamedTuple):
+    """What was read of a group's picture, sound or document."""
+
+    read: str  # its digest
+    media: Any = None  # what a model is given of it
+    error: str = ""  # why it could not be decoded
 
 
 def run(
@@ -34,153 +49,189 @@ def run(
     out: Path,
     shard: tuple[int, int] = (0, 1),
     quiet: bool = False,
+    skip_bad: bool = False,
 ) -> dict[str, Any] | None:
     """Predict what is missing, and report once nothing is; None while other shards are at work.
 
-    `name` is what the model is called in the report. Raises ValueError if `out` holds another run,
-    or if another process works on the same shard.
+    `name` is what the model is called in the report. What cannot be decoded does not stop the
+    rest; `skip_bad` leaves it out of the report. Before anything is predicted, raises
+    FileNotFoundError if pictures are missing, ValueError if `out` holds another run or what it has
+    read is not the same any more, or if another process works on the same shard; in the end,
+    ValueError if something could not be decoded.
     """
+    assert len({item.id for item in task.items}) == len(task.items), "ids are unique"
+    task.ready(model)
     out.mkdir(parents=True, exist_ok=True)
     settle(out, {"model": name, "weights": digest(model.state_dict())[:16], **describe(task)})
     groups, size = grouped(task.items), BATCH[task.kind]
     # whoever predicts a batch predicts it whole: other batches would round otherwise
     batches = [groups[start : start + size] for start in range(0, len(groups), size)]
-    file = out / f"predictions-{shard[0]}-of-{shard[1]}.jsonl"
-    with exclusively(file) as stream:
-        done = read_predictions(out, task)
+    mine = batches[shard[0] :: shard[1]]
+    with predictions.exclusively(out / f"predictions-{shard[0]}-of-{shard[1]}.jsonl") as stream:
+        found = predictions.read(out, task)
+        done = {key for key, line in found.items() if skip_bad or "prediction" in line}
 
-        def left(batch: list[list[Item]]) -> int:
-            return sum(item.id not in done for group in batch for item in group)
+        def left(batch: Sequence[Group]) -> list[Item]:
+            return [item for group in batch for item in group if item.id not in done]
 
-        todo = [batch for batch in batches[shard[0] :: shard[1]] if left(batch)]
-        total = sum(map(left, todo))
+        finished = [group for batch in mine if not left(batch) for group in batch]
+        done -= changed(task, finished, found, quiet)
+        todo = [batch for batch in mine if left(batch)]
+        total = sum(len(left(batch)) for batch in todo)
         bar = tqdm(total=total, unit="item", file=sys.stderr, disable=quiet or None)
         for batch in todo:
             begin = time.perf_counter()
-            answers = task.predict(model, batch)
-            seconds = (time.perf_counter() - begin) / left(batch)
-            for group, predicted in zip(batch, answers, strict=True):
-                pairs = [(i, p) for i, p in zip(group, predicted, strict=True) if i.id not in done]
-                write(stream, pairs, seconds)
-                bar.update(len(pairs))
+            seen = [see(task, model, group) for group in batch]
+            refuse_changed(task, batch, [one.read for one in seen], found)
+            told = predict(task, model, batch, seen)
+            seconds = (time.perf_counter() - begin) / len(left(batch))
+            lines = [told[item.id] | {"seconds": round(seconds, 4)} for item in left(batch)]
+            predictions.write(stream, lines)
+            bar.update(len(lines))
         bar.close()
-    return finish(task, out)
+    return finish(task, out, skip_bad)
 
 
-def finish(task: Task, out: Path) -> dict[str, Any] | None:
-    """Score a folder once its predictions are complete; until then None, and a word on stderr."""
-    predictions = read_predictions(out, task)
-    if missing := len(task.items) - len(predictions):
+def see(task: Task, model: Any, group: Group) -> Seen:
+    """Read and decode what a group is about."""
+    read = ""
+    try:
+        source = task.source(group)
+        read = task.digest(source)
+        return Seen(read, task.decode(source, model))
+    except ValueError as error:
+        return Seen(read, error=str(error))
+
+
+def predict(
+    task: Task, model: Any, batch: Sequence[Group], seen: Sequence[Seen]
+) -> dict[str, dict[str, Any]]:
+    """By item of a batch its line, but for the time it took."""
+    pairs = [pair for pair in zip(batch, seen, strict=True) if not pair[1].error]
+    groups, media = [group for group, _ in pairs], [one.media for _, one in pairs]
+    answers = iter(task.predict(model, groups, media) if groups else ())
+    lines = {}
+    for group, one in zip(batch, seen, strict=True):
+        told = repeat(one.error, len(group)) if one.error else next(answers)
+        kind = "error" if one.error else "prediction"
+        for item, value in zip(group, told, strict=True):
+            lines[item.id] = {"id": item.id, kind: value, "read": one.read}
+    return lines
+
+
+def changed(
+    task: Task, groups: Sequence[Group], found: Mapping[str, Line], quiet: bool
+) -> set[str]:
+    """Reads again what was done. The items that could not be decoded, and are not the same now.
+
+    ValueError if what was predicted is not the same. Reading takes some seconds a gigabyte, which
+    is little beside the predictions; a file's time and size would prove nothing.
+    """
+    bar = tqdm(groups, "checking", unit="file", file=sys.stderr, disable=quiet or None, leave=False)
+    reads = [read_again(task, group) for group in bar]
+    refuse_changed(task, groups, reads, found)
+    pairs = zip(groups, reads, strict=True)
+    return {item.id for group, read in pairs for item in group if found[item.id]["read"] != read}
+
+
+def read_again(task: Task, group: Group) -> str:
+    try:
+        return task.digest(task.source(group))
+    except ValueError:  # as in `see`
+        return ""
+
+
+def refuse_changed(
+    task: Task, groups: Sequence[Group], reads: Sequence[str], found: Mapping[str, Line]
+) -> None:
+    """ValueError if a prediction of these groups was made from something else."""
+    old = [
+        group[0].group
+        for group, read in zip(groups, reads, strict=True)
+        for line in [found[item.id] for item in group if item.id in found]
+        if "prediction" in line and line["read"] != read
+    ]
+    if old:
+        raise ValueError(
+            f"{named(task, old)} changed after they were predicted; choose a new --out"
+        )
+
+
+def named(task: Task, groups: Sequence[str]) -> str:
+    """How many of a task's groups, and which: "2 of 9 pictures (a.jpg, b.jpg)"."""
+    some, every = dict.fromkeys(groups), {item.group for item in task.items}
+    folder = f"{task.official.folder}{os.sep}"
+    names = [group.removeprefix(folder) for group in some][:NAMED]
+    more = ", ..." if len(some) > NAMED else ""
+    return f"{len(some)} of {len(every)} {CALLED[task.kind]} ({', '.join(names)}{more})"
+
+
+def finish(task: Task, out: Path, skip_bad: bool = False) -> dict[str, Any] | None:
+    """Score a folder once its predictions are complete; until then None, and a word on stderr.
+
+    ValueError if something could not be decoded, unless `skip_bad` leaves it out.
+    """
+    found = predictions.read(out, task)
+    if missing := len(task.items) - len(found):
         print(f"{missing} items still have no prediction in {out}", file=sys.stderr)
         return None
-    settings = json.loads((out / "settings.json").read_text())
+    settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    if bad := [item for item in task.items if "error" in found[item.id]]:
+        told = named(task, [item.group for item in bad])
+        first = found[bad[0].id]["error"]
+        if not skip_bad:
+            raise ValueError(
+                f"{told} could not be decoded, the first because {first}; replace them and run "
+                "again, or leave them out with --skip-bad"
+            )
+        task.items = [item for item in task.items if "prediction" in found[item.id]]
+        if not task.items:
+            raise ValueError(f"{told} could not be decoded, the first because {first}")
+        settings["left out"] = f"{len(bad)} items: {told} could not be decoded"
     replace(out / "cost.json", json.dumps(cost(out), indent=1) + "\n")
-    return write_report(task, settings, predictions, out)
+    answers = {item.id: found[item.id]["prediction"] for item in task.items}
+    return write_report(task, settings, answers, out)
 
 
 def describe(task: Task) -> dict[str, Any]:
-    return {"task": task.name, "items": len(task.items), **task.settings}
+    """All that decides a score but the model: settings, and digests of the official files."""
+    files = task.official.digests
+    return {"task": task.name, "items": len(task.items), **task.settings, "files": files}
 
 
 def settle(out: Path, settings: dict[str, Any]) -> None:
     """Write down what this run is, or ValueError if the folder holds another one."""
     path, settings = out / "settings.json", json.loads(json.dumps(settings))
     part = out / f"settings.{os.getpid()}.part"
-    part.write_text(json.dumps(settings, indent=1) + "\n")
+    part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     try:
         os.link(part, path)  # fails if another process was first
     except FileExistsError:
-        held = json.loads(path.read_text())
-        other = [key for key in {**held, **settings} if held.get(key) != settings.get(key)]
-        if other:
-            told = ", ".join(f"{k}={held.get(k)!r}, now {settings.get(k)!r}" for k in other)
-            raise ValueError(f"{out} holds another run ({told}); choose a new --out") from None
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if told := list(differences(held, settings)):
+            more = f" and {len(told) - NAMED} more" if len(told) > NAMED else ""
+            raise ValueError(
+                f"{out} holds another run ({', '.join(told[:NAMED])}{more}); choose a new --out"
+            ) from None
     finally:
         part.unlink()
 
 
-@contextmanager
-def exclusively(file: Path) -> Iterator[TextIO]:
-    """A file of predictions to append to, without the half line that a killed process left."""
-    with file.open("a+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another process is writing {file}; give it another --shard"
-            ) from None
-        stream.seek(0)
-        whole = sum(len(line.encode()) for line in stream if line.endswith("\n"))
-        stream.truncate(whole)
-        yield stream
-
-
-def write(stream: TextIO, predicted: Sequence[tuple[Item, Any]], seconds: float) -> None:
-    """Lines of one group, in one piece."""
-    lines = (
-        {"id": item.id, "prediction": prediction, "seconds": round(seconds, 4)}
-        for item, prediction in predicted
-    )
-    stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    stream.flush()
-
-
-def read_predictions(out: Path, task: Task) -> dict[str, Any]:
-    """Predictions by item id, of all shards; the first counts, should an item have several."""
-    known = {item.id for item in task.items}
-    found: dict[str, Any] = {}
-    for file in sorted(out.glob("predictions-*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue
-            value = json.loads(line)
-            if value["id"] not in known:
-                raise ValueError(f"{file} predicts {value['id']!r}, which is no item of the task")
-            found.setdefault(value["id"], value["prediction"])
-    return found
-
-
-def read_foreign(file: Path, task: Task) -> dict[str, Any]:
-    """Predictions made elsewhere: our JSONL, or the official result format of the task.
-
-    That is a list of objects with `question_id` or `questionId` and `answer` or `prediction`, or
-    one object from id to prediction. ValueError that counts what is missing or unknown.
-    """
-    text = file.read_text(encoding="utf-8")
-    try:
-        rows = (
-            [json.loads(line) for line in text.splitlines()] if "\n{" in text else json.loads(text)
-        )
-        if isinstance(rows, dict):
-            rows = [{"id": key, "prediction": value} for key, value in rows.items()]
-        found = {str(_field(row, ID)): _field(row, ANSWER) for row in rows}
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is no file of predictions: {error!r}") from None
-    known = {item.id for item in task.items}
-    if missing := known - found.keys():
-        raise ValueError(f"{file} lacks {len(missing)} of {len(known)} items, as {min(missing)!r}")
-    if unknown := found.keys() - known:
-        raise ValueError(f"{file} predicts {len(unknown)} unknown items, as {min(unknown)!r}")
-    return found
-
-
-ID = ("id", "question_id", "questionId")
-ANSWER = ("prediction", "answer", "text")
-
-
-def _field(row: dict[str, Any], names: Sequence[str]) -> Any:
-    for name in names:
-        if name in row:
-            return row[name]
-    raise KeyError(" or ".join(names))
+def differences(held: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What two settings do not have in common; of files, which have changed."""
+    for key in {**held, **now}:
+        before, after = held.get(key), now.get(key)
+        if key == "files":
+            for name in {**(before or {}), **(after or {})}:
+                old, new = ((files or {}).get(name) for files in (before, after))
+                if old != new:
+                    yield f"{name} has changed" if old and new else f"one has not read {name}"
+        elif before != after:
+            yield f"{key}={before!r}, now {after!r}"
 
 
 def cost(out: Path) -> dict[str, Any]:
     """Seconds of all predictions together, and the most memory this process has used."""
-    lines = (
-        json.loads(line)
-        for file in out.glob("predictions-*.jsonl")
-        for line in file.read_text(encoding="utf-8").splitlines()
-    )
+    seconds = sum(line["seconds"] for line in predictions.lines_of(out))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": round(sum(line["seconds"] for line in lines), 1), "peak_gib": round(peak, 2)}
+    return {"seconds": round(seconds, 1), "peak_gib": round(peak, 2)}

@@ -16,9 +16,9 @@ class Log:
     def __init__(self, path: Path, first_step: int, steps: int, quiet: bool = False) -> None:
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
         part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept))
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(part, path)
-        self.file = path.open("a", buffering=1)  # a line at a time, to be watched
+        self.file = path.open("a", buffering=1, encoding="utf-8")  # a line at a time, to be watched
         self.bar = tqdm(
             total=steps, initial=first_step, unit="step", file=sys.stderr, disable=quiet,
             mininterval=1.0, dynamic_ncols=True,
@@ -44,4 +44,6 @@ class Log:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    """Records end at a line feed alone; a text in them may hold other separators."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [line for line in text.split("\n") if line]

@@ -173,6 +173,8 @@ def test_the_first_token_can_be_left_out(text_model):
     asked = requests("loglikelihood", ("What is", " this?"), ("", "two"))
     (with_first, empty), (without, same) = full.loglikelihood(asked), bare.loglikelihood(asked)
     assert with_first != without and empty[0] == pytest.approx(same[0])
+    rolled = requests("loglikelihood_rolling", ("What is this?",))
+    assert bare.loglikelihood_rolling(rolled) == full.loglikelihood_rolling(rolled)
     assert bare.generate_until(requests("generate_until", ("", {"max_gen_toks": 3})))
 
 
@@ -185,6 +187,23 @@ def test_wrong_arguments_say_so(text_model, vision_model):
         make(vision_model)
     with pytest.raises(ValueError, match="dtype 'int8' is not one of float32, bfloat16"):
         make("goose-tiny-text", dtype="int8")
+
+
+@lm_eval
+def test_the_harness_keeps_its_own_models(tmp_path):
+    """In a fresh process: the harness registers them only while nothing else is registered."""
+    code = (
+        "import goose_mm.eval.plugins.lm_eval as plugin\n"
+        "from lm_eval.api.registry import get_model, model_registry\n"
+        "from lm_eval.models import MODEL_MAPPING\n"
+        "assert {'goose', 'hf', *MODEL_MAPPING} <= set(model_registry)\n"
+        "assert get_model('goose') is plugin.GooseLM\n"
+        "print(get_model('dummy').__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.stdout == "DummyLM\n", done.stderr[-3000:]
 
 
 @lm_eval

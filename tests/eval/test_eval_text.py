@@ -314,7 +314,7 @@ def test_mmlu_says_what_is_wrong(mmlu, tmp_path):
     file = mmlu / "data" / "test" / "virology_test.csv"
     file.write_text("question,A,B,C,D,answer\n")
     with pytest.raises(
-        ValueError, match=r"virology_test.csv, row 1: expected question.*\['answer'\]"
+        ValueError, match=r"virology_test.csv, line 1: expected question.*'answer'\]"
     ):
         MMLU(mmlu, OPTIONS, shots=1)
     with pytest.raises(FileNotFoundError, match=r"test \(questions\), dev \(examples\)"):

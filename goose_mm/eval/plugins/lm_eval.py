@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import lm_eval.models  # noqa: F401  registers the harness's own: it does so only before all others
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -38,8 +39,11 @@ from goose_mm.text.model import RWKV7LM
 class GooseLM(TemplateLM):
     """`pretrained` is a shipped name, a folder, an official .pth, a hub id, or a model.
 
-    `add_bos_token`: the end-of-text token, id 0, stands before every text, as in training. The
-    harness's Hugging Face models leave it out unless told otherwise; say which in a report.
+    `add_bos_token`: the end-of-text token, id 0, stands before every context and prompt, as in
+    training. Without it, it stands only where nothing else would: before what is scored without a
+    context, and before a rolled text. The harness's Hugging Face models do what their tokenizer
+    does by itself unless told: that of `goose_mm.hf` puts it there, others may not. Say which in a
+    report.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from goose_mm.audio import as_waveform
+from goose_mm.audio import as_waveform, load_audio
 
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 NAMES = ("video_id", "ytid", "id", "audio_name", "filename")  # columns, the first that is there
@@ -76,25 +76,24 @@ def load(clip: Clip) -> tuple[Path | bytes | np.ndarray, int | None]:
     return clip.file, None
 
 
-def waveform(clip: Clip, sample_rate: int) -> str | np.ndarray:
-    """What a model of this rate is given: mono samples, or the path of a file of its own.
+def waveform(
+    sound: Path | bytes | np.ndarray, rate: int | None, name: str, sample_rate: int
+) -> np.ndarray:
+    """Mono samples [samples] at `sample_rate` of what `load` gave.
 
-    Raises ValueError when the sound cannot be decoded.
+    Raises ValueError when the sound cannot be decoded; `name` says which it is.
     """
     import soundfile
 
-    sound, rate = load(clip)
     if isinstance(sound, Path):
-        return str(sound)
+        return load_audio(sound, sample_rate)
     if isinstance(sound, bytes):
         try:
             sound, rate = soundfile.read(io.BytesIO(sound), dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
-            raise ValueError(
-                f"{clip.name} in {clip.file}: cannot decode: {error.error_string}"
-            ) from None
+            raise ValueError(f"{name}: cannot decode: {error.error_string}") from None
         sound = sound.mean(1)
-    return as_waveform(sound, float(rate or 0), sample_rate, f"{clip.name} in {clip.file}")
+    return as_waveform(sound, float(rate or 0), sample_rate, name)
 
 
 def stem(name: str) -> str:

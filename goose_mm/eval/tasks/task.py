@@ -11,8 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from goose_mm.eval.tasks.official import Files, digest_of
+
+T = TypeVar("T")
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 
 
@@ -25,6 +28,10 @@ class TaskOptions:
     ocr: bool = False  # TextVQA: put the official OCR tokens into the prompt
     blind: bool = False  # answer without the picture
     limit: int = 0  # only this many items, the first; 0: all
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError(f"--limit is a number of items, or 0 for all; got {self.limit}")
 
 
 class Item(NamedTuple):
@@ -43,21 +50,55 @@ class Scores(NamedTuple):
 
 
 class Task(ABC):
-    """One benchmark. `kind` is that of the model it needs; `settings` all that decides a score."""
+    """One benchmark. `kind` is that of the model it needs; `settings` all that decides a score.
+
+    What an item is about, beside its words, is a source: `source` says which, and `decode` makes
+    of it what a model is given. The official files are all read before the first prediction.
+    """
 
     name: str
     kind: str
     takes: tuple[str, ...] = ("split", "limit")  # the options that mean something to it
     items: list[Item]
     settings: dict[str, Any]
+    official: Files
+    known: dict[str, Any]  # what the official files tell of an item, by its id; {}: it is secret
 
     @abstractmethod
-    def predict(self, model: Any, groups: Sequence[Sequence[Item]]) -> list[list[Any]]:
-        """A prediction, as JSON can hold it, for every item of some groups."""
+    def ready(self, model: Any) -> None:
+        """FileNotFoundError or ValueError if the model cannot be asked, or not about all items."""
+
+    def source(self, group: Sequence[Item]) -> Any:
+        """The picture, sound or document that a group is about: a file, its bytes or samples;
+        None if there is none."""
+        return None
+
+    def digest(self, source: Any) -> str:
+        """Of all that `source` holds."""
+        return "" if source is None else digest_of(source)
+
+    def decode(self, source: Any, model: Any) -> Any:
+        """What the model is given of a source. ValueError if that is damaged or something else."""
+        return None
+
+    @abstractmethod
+    def predict(
+        self, model: Any, groups: Sequence[Sequence[Item]], media: Sequence[Any]
+    ) -> list[list[Any]]:
+        """A prediction, as JSON can hold it, for every item of some groups, of which `media` holds
+        what `decode` made of their sources."""
 
     @abstractmethod
     def score(self, predictions: dict[str, Any]) -> Scores:
-        """The scores of predictions by item id; every item has one."""
+        """The scores of predictions by item id; every one of `items` has one."""
+
+    def answer_type(self) -> Any:
+        """The type of a prediction."""
+        return str
+
+    def truth(self) -> dict[str, Any]:
+        """What is known of `items`: a run leaves out those that it could not read."""
+        return {item.id: self.known[item.id] for item in self.items if self.known}
 
     def baselines(self) -> dict[str, float]:
         """Scores without a model, by the headline's measure."""
@@ -85,7 +126,8 @@ def need(folder: Path, files: dict[str, str], source: str) -> None:
         raise FileNotFoundError(f"not in {folder}: {', '.join(missing)}; {source}")
 
 
-def limited(items: list[Item], limit: int) -> list[Item]:
-    if not items:
+def limited(rows: list[T], limit: int) -> list[T]:
+    """The first rows; all if `limit` is 0. ValueError if there are none."""
+    if not rows:
         raise ValueError("the task has no items: its files are empty, or the split names none")
-    return items[:limit] if limit else items
+    return rows[:limit] if limit else rows

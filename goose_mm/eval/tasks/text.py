@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import lzma
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from goose_mm.eval.tasks.likelihood import PREFIX_TOKEN, loglikelihoods
+from goose_mm.eval.tasks.official import Files
 from goose_mm.eval.tasks.task import Item, Scores, Task, TaskOptions, limited, need
 
 
@@ -21,8 +22,14 @@ class TextTask(Task):
 
     kind = "text"
 
-    def __init__(self) -> None:
+    def __init__(self, data: Path) -> None:
+        self.official = Files(data)
         self.settings = {"prefix token": PREFIX_TOKEN}
+
+    def ready(self, model: Any) -> None:
+        from goose_mm.text.generate import need_tokenizer
+
+        need_tokenizer(model)
 
     def pairs(self, item: Item) -> list[tuple[str | bytes, str | bytes]]:
         """The (context, continuation) pairs of an item. Each side is tokenized alone, as in the
@@ -33,7 +40,9 @@ class TextTask(Task):
         """What is written down of the scores of an item's pairs."""
         raise NotImplementedError
 
-    def predict(self, model: Any, groups: Sequence[Sequence[Item]]) -> list[list[Any]]:
+    def predict(
+        self, model: Any, groups: Sequence[Sequence[Item]], media: Sequence[Any] = ()
+    ) -> list[list[Any]]:
         from goose_mm.text.generate import need_tokenizer
 
         encode = need_tokenizer(model).encode
@@ -51,6 +60,11 @@ class TextTask(Task):
         return [[next(predictions) for _ in group] for group in groups]
 
 
+class Document(TypedDict):
+    loglikelihood: float
+    tokens: Annotated[int, Meta(ge=1)]
+
+
 class BitsPerByte(TextTask):
     """How well whole documents are predicted: a folder of .txt files, each from its first byte to
     its last. `split` names a folder inside it. Documents of any length are read without a gap."""
@@ -58,28 +72,34 @@ class BitsPerByte(TextTask):
     name = "bits_per_byte"
 
     def __init__(self, data: Path, options: TaskOptions) -> None:
-        super().__init__()
+        super().__init__(data)
         folder = data / options.split
-        self.files = {file.name: file for file in sorted(folder.glob("*.txt"))}
-        if not self.files:
+        documents = [file for file in sorted(folder.glob("*.txt")) if file.is_file()]
+        if not documents:
             raise FileNotFoundError(f"no .txt files in {folder}; put the documents there")
-        items = [Item(name, name) for name in self.files]
-        self.items = limited(items, options.limit)
-        self.sizes = {item.id: self.files[item.id].stat().st_size for item in self.items}
-        if empty := [name for name, size in self.sizes.items() if not size]:
-            raise ValueError(f"{self.files[empty[0]]} is empty; remove it")
+        documents = limited(documents, options.limit)
+        self.items = [Item(file.name, str(file)) for file in documents]
+        self.sizes = {file.name: file.stat().st_size for file in documents}
+        if empty := [file for file in documents if not self.sizes[file.name]]:
+            raise ValueError(f"{empty[0]} is empty; remove it")
         self.settings |= {"split": options.split, "context": "the whole document before a token"}
 
+    def answer_type(self) -> Any:
+        return Document
+
+    def source(self, group: Sequence[Item]) -> Path:
+        return Path(group[0].group)
+
     def pairs(self, item: Item) -> list[tuple[str | bytes, str | bytes]]:
-        return [("", self.files[item.id].read_bytes())]
+        return [("", Path(item.group).read_bytes())]
 
     def prediction(self, scores: list[tuple[float, bool]], tokens: int) -> Any:
         return {"loglikelihood": scores[0][0], "tokens": tokens}
 
     def score(self, predictions: dict[str, Any]) -> Scores:
-        bits = {k: -predictions[k]["loglikelihood"] / math.log(2) for k in self.sizes}
+        bits = {key: -one["loglikelihood"] / math.log(2) for key, one in predictions.items()}
         each = {key: (bits[key] / size, size) for key, size in self.sizes.items()}
-        tokens = sum(predictions[key]["tokens"] for key in self.sizes)
+        tokens = sum(one["tokens"] for one in predictions.values())
         values: dict[str, float | None] = {
             "bits per byte": sum(bits.values()) / sum(self.sizes.values()),
             "bits per byte, mean of documents": mean(x for x, _ in each.values()),
@@ -89,8 +109,17 @@ class BitsPerByte(TextTask):
         return Scores("bits per byte", values, {"document": each}, {})
 
     def baselines(self) -> dict[str, float]:
-        packed = sum(len(lzma.compress(self.files[key].read_bytes())) for key in self.sizes)
+        packed = sum(len(lzma.compress(Path(item.group).read_bytes())) for item in self.items)
         return {"xz": 8 * packed / sum(self.sizes.values()), "bytes at random": 8.0}
+
+
+class Passage(TypedDict):
+    text: str
+
+
+class LastWord(TypedDict):
+    loglikelihood: float
+    greedy: bool
 
 
 class Lambada(TextTask):
@@ -101,19 +130,23 @@ class Lambada(TextTask):
     files = ("lambada_test.jsonl", "lambada_test_en.jsonl")
 
     def __init__(self, data: Path, options: TaskOptions) -> None:
-        super().__init__()
+        super().__init__(data)
         name = next((name for name in self.files if (data / name).exists()), self.files[0])
         source = (
             f"put it there, or {self.files[1]} of EleutherAI/lambada_openai on the Hugging Face hub"
         )
         need(data, {name: "passages"}, source)
-        lines = (data / name).read_text(encoding="utf-8").split("\n")
-        texts = [json.loads(line)["text"] for line in lines if line.strip()]
-        items = [Item(str(i), str(i), text.rpartition(" ")[0]) for i, text in enumerate(texts)]
-        self.items = limited(items, options.limit)
-        kept = zip(self.items, texts, strict=False)
-        self.targets = {item.id: f" {text.rpartition(' ')[2]}" for item, text in kept}
+        parts = []
+        for place, row in limited(self.official.rows(name, Passage), options.limit):
+            parts.append(row["text"].rpartition(" "))
+            if not all(map(str.strip, (parts[-1][0], parts[-1][2]))):
+                raise ValueError(f"{place}, text: it must end in a word and have others before it")
+        self.items = [Item(str(i), str(i), before) for i, (before, _, _) in enumerate(parts)]
+        self.targets = {str(i): f" {word}" for i, (_, _, word) in enumerate(parts)}
         self.settings |= {"file": name, "target": "the last word and the space before it"}
+
+    def answer_type(self) -> Any:
+        return LastWord
 
     def pairs(self, item: Item) -> list[tuple[str | bytes, str | bytes]]:
         return [(item.prompt, self.targets[item.id])]
@@ -150,18 +183,23 @@ class MMLU(TextTask):
     name = "mmlu"
 
     def __init__(self, data: Path, options: TaskOptions, shots: int = 5) -> None:
-        super().__init__()
         split = options.split or "test"
         root = data / "data" if (data / "data").is_dir() else data
+        super().__init__(root)
         source = "unpack data.tar of github.com/hendrycks/test there"
         need(root, {split: "questions", **({"dev": "examples"} if shots else {})}, source)
         files = sorted((root / split).glob(f"*_{split}.csv"))
         items, self.answers, self.subjects, self.headings = [], {}, {}, {}
         for file in files:
             subject = file.name.removesuffix(f"_{split}.csv")
-            examples = root / "dev" / f"{subject}_dev.csv"
-            self.headings[subject] = heading(subject, read_rows(examples, shots) if shots else [])
-            for i, row in enumerate(read_rows(file)):
+            examples = self.read(f"dev/{subject}_dev.csv")[:shots] if shots else []
+            if len(examples) < shots:
+                raise ValueError(
+                    f"{root}/dev/{subject}_dev.csv has {len(examples)} examples for {shots} shots; "
+                    "take fewer"
+                )
+            self.headings[subject] = heading(subject, examples)
+            for i, row in enumerate(self.read(f"{split}/{file.name}")):
                 key = f"{subject}/{i}"
                 items.append(Item(key, key, question(row)))
                 self.answers[key], self.subjects[key] = row[-1], subject
@@ -173,11 +211,26 @@ class MMLU(TextTask):
             "choices": "the likeliest of ' A', ' B', ' C', ' D'",
         }
 
+    def read(self, name: str) -> list[list[str]]:
+        """Rows of an official table: question, four choices, letter; words are left as they are."""
+
+        def fits(row: list[str]) -> bool:
+            return len(row) == len(LETTERS) + 2 and row[-1].strip() in tuple(LETTERS)
+
+        told = "question, A, B, C, D and the answer's letter"
+        rows = self.official.cells(name, fits, told, cut=False)
+        return [[*row[:-1], row[-1].strip()] for _, row in rows]
+
+    def answer_type(self) -> Any:
+        return Annotated[list[float], Meta(min_length=len(LETTERS), max_length=len(LETTERS))]
+
     def pairs(self, item: Item) -> list[tuple[str | bytes, str | bytes]]:
         context = self.headings[self.subjects[item.id]] + item.prompt
         return [(context, f" {letter}") for letter in LETTERS]
 
-    def predict(self, model: Any, groups: Sequence[Sequence[Item]]) -> list[list[Any]]:
+    def predict(
+        self, model: Any, groups: Sequence[Sequence[Item]], media: Sequence[Any] = ()
+    ) -> list[list[Any]]:
         # subject by subject: then the examples are what all contexts share, and are read once
         found: dict[str, list[Any]] = {}
         for subject in dict.fromkeys(self.subjects[group[0].id] for group in groups):
@@ -210,21 +263,6 @@ class MMLU(TextTask):
         letter, count = counts.most_common(1)[0]
         share = 100 * count / len(self.items)
         return {"a choice at random": 100 / len(LETTERS), f"always {letter!r}": share}
-
-
-def read_rows(file: Path, first: int | None = None) -> list[list[str]]:
-    """Rows of an official table: question, four choices, letter. ValueError names a bad one."""
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.reader(stream))[:first]
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(LETTERS) + 2 or len(row[-1]) != 1 or row[-1] not in LETTERS:
-            raise ValueError(
-                f"{file}, row {number}: expected question, A, B, C, D and the answer's letter, "
-                f"got {len(row)} columns that end in {row[-1:]}; get the file again"
-            )
-    if first is not None and len(rows) < first:
-        raise ValueError(f"{file} has {len(rows)} examples for {first} shots; take fewer")
-    return rows
 
 
 def question(row: Sequence[str]) -> str:
