@@ -9,7 +9,7 @@ import torch
 from emulator import HOPPER, compiled, emulated_cuda  # noqa: F401
 from test_wkv7 import error, hard_cases, make, noise, oracle, results
 
-from goose_mm.kernels import wkv7
+from goose_mm.kernels import choose, wkv7
 from goose_mm.kernels.cuda import launch as cuda
 from goose_mm.kernels.cuda import nvrtc
 
@@ -149,6 +149,16 @@ def test_decay_below_the_limit_is_an_error_not_nan():
     inputs[1] = inputs[1] * 0 - 0.71
     with pytest.raises(RuntimeError, match=r"log_w below -0\.7"):
         wkv7(*inputs, kernel="cuda")
+
+
+def test_auto_takes_the_next_kernel_below_the_limit(monkeypatch):
+    inputs = make(1, 20, 1, 64, dtype=torch.bfloat16)
+    kinds = torch.device("cpu"), torch.bfloat16, 64
+    assert choose("auto", *kinds) == choose("auto", *kinds, cuda.LOWEST_LOG_W) == "cuda"
+    assert choose("auto", *kinds, -0.71) == "chunked"
+    monkeypatch.setattr(cuda, "forward", None)
+    inputs[1][0, 7] = -0.71
+    assert all(map(torch.equal, wkv7(*inputs), wkv7(*inputs, kernel="chunked")))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
