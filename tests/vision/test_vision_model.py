@@ -332,6 +332,12 @@ def test_pixels_must_match_the_encoders(tokenizer):
         model.image_tokens([normalise(pixels, EYE)])
 
 
+def test_the_meta_device_gives_shapes(tokenizer):
+    model = build(tokenizer, projector="grid_mixer", mixer_layers=1).to("meta")
+    pixels = torch.zeros(2, 3, 40, 50, dtype=torch.uint8, device="meta")
+    assert model.image_tokens(pixels).shape == (2, 4, 32)
+
+
 def test_configurations_that_cannot_work_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="at least one"):
         build(tokenizer, encoders=())
