@@ -158,7 +158,7 @@ wkv7_backward = torch.library.custom_op(
 @wkv7_forward.register_fake
 def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
     B, T, H, N = r.shape
-    D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
+    D, S = len(REVERSE[direction]), B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
         r.new_empty(D, B, T, H, N),
         r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype)),
@@ -169,7 +169,7 @@ def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
 @wkv7_backward.register_fake
 def _(r, log_w, k, v, kappa, a, state, cu_seqlens, saved, dy, dlast, direction, kernel):
     B, _, H, N = r.shape
-    D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
+    D, S = len(REVERSE[direction]), B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     first = r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype))
     return [*(x.new_empty(x.shape) for x in (r, log_w, k, v, kappa, a)), first]
 

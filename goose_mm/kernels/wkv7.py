@@ -149,13 +149,13 @@ def check(
     if cu_seqlens is not None:
         if B != 1:
             raise ValueError(f"cu_seqlens packs sequences along T, with B = 1; r has B = {B}")
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
             raise ValueError(
                 f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; wanted integers, "
                 "one more than there are sequences"
             )
     if state is not None:
-        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         wanted = [len(REVERSE[direction]), sequences, H, N, N]
         if list(state.shape) != wanted or state.device != r.device:
             given, wanted = (s[1:] if wanted[0] == 1 else s for s in (list(state.shape), wanted))

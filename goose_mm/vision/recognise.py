@@ -11,6 +11,7 @@ AVIF = {b"avif", b"avis"}
 VIDEO = "a video; take a frame of it: ffmpeg -i VIDEO -frames:v 1 frame.png"
 SOUND = "a sound"
 PACKED = "a packed file; unpack it first"
+RAW = "what a camera's sensor saw; develop it first, and save it as JPEG"
 # (place, bytes that stand there, what they mean)
 SIGNATURES = (
     (0, bytes(64), "zeros alone; it was never written to its end"),
@@ -21,6 +22,8 @@ SIGNATURES = (
     (0, b"\xff\x0a", "a JPEG XL file; write it as PNG: djxl FILE picture.png"),
     (4, b"JXL ", "a JPEG XL file; write it as PNG: djxl FILE picture.png"),
     (4, b"jP  ", "a JPEG 2000 file; write it as PNG: opj_decompress -i FILE -o picture.png"),
+    (4, b"ftypcrx", RAW),
+    (0, b"FUJIFILM", RAW),
     (4, b"ftypM4A", SOUND),
     (4, b"ftyp", VIDEO),
     (4, b"moov", VIDEO),
@@ -34,15 +37,16 @@ SIGNATURES = (
     (0, b"ID3", SOUND),
     (0, b"fLaC", SOUND),
     (0, b"OggS", SOUND),
-    (0, b"PK\x03\x04", PACKED),
+    (0, b"PK\x03\x04", "a ZIP archive or an office document"),
     (0, b"\x1f\x8b", PACKED),
     (0, b"7z\xbc\xaf", PACKED),
     (0, b"Rar!", PACKED),
     (0, b"\x93NUMPY", "a NumPy array; give the array itself: numpy.load(FILE)"),
 )
-PROLOGUE = r"\s*(<\?.*?\?>\s*|<!--.*?-->\s*)*"  # of XML, before the first tag
+# Atomic groups: a file may be made to be read in many ways.
+HTML = r"\s*+((?><\?.*?\?>|<!--.*?-->)\s*+)*+<(!doctype html|html|head|body|script)\b"
 TEXTS = (
-    (PROLOGUE + r"<(!doctype html|html|head|body|script)\b", "a web page; the download went wrong"),
+    (HTML, "a web page (HTML); the download went wrong"),
     (r".*<svg\b", "an SVG drawing; draw it in pixels: rsvg-convert DRAWING -o drawing.png"),
     (r"\s*[\[{]\s*[\[{\"]", "JSON, perhaps an error message; the download went wrong"),
     (r"(iVBORw0K|/9j/|data:)", "a picture written as text; base64 --decode TEXT > picture"),

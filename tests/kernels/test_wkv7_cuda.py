@@ -125,6 +125,21 @@ def test_the_operator_for_traced_code_is_the_same(wide):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+def test_samples_of_a_vmap_are_rows_of_one_batch(wide):
+    """What the forward pass saves is passed on whole, in whatever order."""
+    stacked = [x[:, None].bfloat16() for x in make(2, 20, 1, 64)]
+
+    def loss(*inputs):
+        return wkv7(*inputs, kernel="cuda")[0].square().sum()
+
+    every = tuple(range(6))
+    got = torch.vmap(torch.func.grad(loss, every))(*stacked)
+    for i in range(2):
+        leaves = [x[i].requires_grad_() for x in stacked]
+        want = torch.autograd.grad(loss(*leaves), leaves)
+        assert all(torch.equal(g[i], w) for g, w in zip(got, want, strict=True))
+
+
 def test_the_smallest_gradients_survive():
     inputs, dy = make(1, 60, 1, 64, dtype=torch.float32), noise(1, 60, 1, 64) * 1e-9
     exact = results(oracle("forward"), [x.double() for x in inputs], None, dy)

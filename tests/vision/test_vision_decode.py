@@ -248,7 +248,7 @@ XML = f'<?xml version="1.0"?>\n<!-- by hand -->\n<!DOCTYPE svg [<!ENTITY a "b">]
         (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"),
         (b"\x1aE\xdf\xa3\x9fB\x86\x81\x01", "a video"),
         (b"RIFF\x24\0\0\0WAVEfmt ", "a sound"),
-        (b"PK\x03\x04\x14\0", "a packed file"),
+        (b"PK\x03\x04\x14\0", "a ZIP archive"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL file"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
