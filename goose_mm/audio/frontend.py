@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from goose_mm.config import AudioConfig
+from goose_mm.kernels.autograd import without_autocast
 
 PREEMPHASIS = 0.97
 FLOOR = 1.1920928955078125e-07  # float32 epsilon, as in Kaldi
@@ -53,7 +54,7 @@ class KaldiFbank(nn.Module):
 
     def _log_mel(self, frames: Float[Tensor, "B F window"]) -> Float[Tensor, "B F M"]:
         window, mel = _constants(self.config, frames.device)
-        with torch.autocast(frames.device.type, enabled=False):
+        with without_autocast(frames.device):
             frames = frames - frames.mean(-1, keepdim=True)
             previous = torch.cat([frames[..., :1], frames[..., :-1]], -1)
             spectrum = torch.fft.rfft((frames - PREEMPHASIS * previous) * window, 2 * len(mel))

@@ -27,6 +27,7 @@ from goose_mm.audio.frontend import KaldiFbank
 from goose_mm.audio.patch import PatchEmbed
 from goose_mm.backbone import RWKV7
 from goose_mm.config import AudioModel, ConfigError
+from goose_mm.kernels.autograd import without_autocast
 
 WINDOW_COLUMNS = 188  # time columns read at once by the verbs: 30 s with the default patches
 BATCH = 8  # windows
@@ -189,14 +190,14 @@ class AudioRWKV7(nn.Module):
     def _pool(self, features: Float[Tensor, "B F M"], frames: Int[Tensor, " B"]) -> Pooled:
         patches = self.patch(features, frames)
         hidden, _ = self.backbone(patches.tokens, mask=patches.mask, grid=patches.grid)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             hidden = hidden.float().masked_fill(~patches.mask[..., None], 0)
             score = hidden @ self.attention.float() + patches.weight.log()
             vector = (score.softmax(1)[:, None] @ hidden)[:, 0]
         return Pooled(vector, score.logsumexp(1))
 
     def _logits(self, vectors: Float[Tensor, "B C"]) -> Float[Tensor, "B labels"]:
-        with torch.autocast(vectors.device.type, enabled=False):
+        with without_autocast(vectors.device):
             weight, bias = self.head.weight.float(), self.head.bias.float()
             return F.linear(self.dropout(vectors), weight, bias)
 

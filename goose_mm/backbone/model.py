@@ -52,7 +52,7 @@ class RWKV7(nn.Module):
             raise ValueError("cannot run on 0 tokens; give at least one")
         if self.config.bidirectional and state is not None:
             raise ValueError("a bidirectional backbone reads whole sequences: state must be None")
-        rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         stream = Stream.of(x, mask, cu_seqlens, grid)
         before = state or State.zeros(self.config, rows, x.device, x.dtype)
         if before.time_shift.shape[1] != rows:

@@ -5,8 +5,6 @@ Parameter names are those of the official checkpoints.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -14,9 +12,8 @@ from torch import Tensor, nn
 
 from goose_mm.backbone.token_shift import ConvShift, Stream, TokenShift
 from goose_mm.config import BackboneConfig
-from goose_mm.kernels import wkv7
+from goose_mm.kernels import RWKV7_LOWEST, choose, wkv7
 
-DECAY_FLOOR = -math.exp(-0.5)  # log_w lies in (DECAY_FLOOR, 0): a decay of 0.545 to 1
 NORM_EPS = 1e-5  # per channel of a head: 64e-5 for heads of 64
 
 
@@ -90,7 +87,7 @@ class TimeMix(nn.Module):
 
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         decay = upcast(self.w0) + torch.tanh(x_w @ self.w1) @ self.w2
-        log_w = DECAY_FLOOR * torch.sigmoid(decay)
+        log_w = RWKV7_LOWEST * torch.sigmoid(decay)
         a = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)
         g = torch.sigmoid(x_g @ self.g1) @ self.g2
         if v_first is None:
@@ -110,6 +107,7 @@ class TimeMix(nn.Module):
 
         direction = "both" if self.bidirectional else "forward"
         k, v, kappa, a = (t.to(r.dtype) for t in (k, v, kappa, a))
+        kernel = choose(kernel, r.device, r.dtype, r.shape[-1])  # here: log_w need not be looked at
         y, wkv = wkv7(
             r, log_w, k, v, kappa, a, wkv,
             cu_seqlens=stream.cu_seqlens, direction=direction, kernel=kernel,

@@ -40,11 +40,12 @@ class Stream(NamedTuple):
         if mask is not None:
             place = torch.arange(1, length + 1, device=tokens.device)
             seen = torch.cummax(torch.where(mask, place, 0), dim=1).values
-            return cls(mask, None, grid, F.pad(seen[:, :-1], (1, 0)), seen[:, -1:])
+            previous = torch.where(place == 1, 0, seen.roll(1, 1))
+            return cls(mask, None, grid, previous, seen[:, -1:])
         if cu_seqlens is not None:
             if batch != 1:
                 raise ValueError(f"packed sequences need batch 1, got {batch}")
-            count = len(cu_seqlens) - 1
+            count = cu_seqlens.shape[0] - 1
             bounds = cu_seqlens.long()
             token = torch.arange(length, device=tokens.device)
             owner = torch.searchsorted(bounds, token, right=True) - 1

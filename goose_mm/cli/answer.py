@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from goose_mm.cli.inputs import must_exist, open_model
+from goose_mm.cli.inputs import must_exist, open_model, read_stdin
 
 
 def ask(
@@ -25,16 +25,20 @@ def ask(
     """Answer questions about a picture, one line each; the picture is read once.
 
     Args:
-        image: A picture file.
+        image: A picture file, a data: address, or - for a picture on stdin.
         question: A question, in quotes.
         more: Further questions about the same picture.
         model: A shipped name, a folder, an official .pth or a hub id.
         device: cpu or cuda; cuda when there is one.
         json: Print one JSON object per question.
     """
-    must_exist(image)
+    if image != "-" and not image.startswith("data:"):
+        must_exist(image)
+    from goose_mm.vision.decode import load_image
+
+    picture = load_image(read_stdin() if image == "-" else image)
     questions = [question, *more]
-    answers = open_model(model, "vision", device).ask_many(image, questions)
+    answers = open_model(model, "vision", device).ask_many(picture, questions)
     for asked, answer in zip(questions, answers, strict=True):
         found = {"image": image, "question": asked, "answer": answer}
         print(_json(found) if json else " ".join(answer.split()))

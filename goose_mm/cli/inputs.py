@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import sys
 from typing import Any
 
 
 def must_exist(path: str) -> None:
     """Fail before anything slow is imported."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    if not os.path.exists(path):  # False, too, of what is too long for a name
+        raise FileNotFoundError(f"{path[-150:]}: no such file")
+
+
+def read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise ValueError("- stands for stdin, which is closed")
+    return sys.stdin.buffer.read()
 
 
 def open_model(name: str, kind: str, device: str = "") -> Any:

@@ -1,12 +1,13 @@
 """WKV-7 as PyTorch knows it: an operator of torch.library for what is traced, else a function.
 
-Every kernel is a module with `unavailable(device, dtype, head_size)`, `empty_saved(...)`,
-`forward(...)`, `backward(...)` as in `chunked.py`, and one line in KERNELS below.
+Every kernel is a module with `unavailable(device, dtype, head_size)`, `lowest_log_w(dtype)`,
+`empty_saved(...)`, `forward(...)`, `backward(...)` as in `chunked/scan.py`, and one line in KERNELS
+below. torch.func goes through the functions; how vmap joins samples is in `samples.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from goose_mm.kernels import chunked, cuda, triton
 from goose_mm.kernels.reference import by_definition, work_dtype
+from goose_mm.kernels.samples import BATCH, join, joined, part
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences)
 # D directions, K states saved for the backward pass
@@ -39,14 +41,30 @@ def scan(
 
     Two directions are stacked, one is not.
     """
-    tensors = inputs if state is None else (*inputs, state)
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    arguments = (*inputs, state, cu_seqlens, direction, kernel, save)
-    if torch.compiler.is_compiling() or not all(type(x) in PLAIN for x in tensors):
+    tensors = (*inputs, state, cu_seqlens)
+    arguments = (*tensors, direction, kernel, will_need_gradients(tensors))
+    if traced(tensors):
         y, last, _ = wkv7_forward(*arguments)
         return unstacked(direction, y, last)
     # to call an operator written in Python takes longer than many a scan
-    return Scan.apply(*arguments)
+    y, last, _ = Scan.apply(*arguments)
+    return y, last
+
+
+def traced(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether tensors may have no values: under torch.compile or export, on the meta device."""
+    return torch.compiler.is_compiling() or any(
+        x.is_meta or type(x) not in PLAIN for x in tensors if x is not None
+    )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, for which tensors stand for others."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def will_need_gradients(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def unstacked(direction: str, y: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +88,7 @@ def kernel_offsets(kernel: str, cu_seqlens: Tensor | None, tokens: int) -> Any:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -140,7 +158,7 @@ wkv7_backward = torch.library.custom_op(
 @wkv7_forward.register_fake
 def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
     B, T, H, N = r.shape
-    D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
+    D, S = len(REVERSE[direction]), B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
         r.new_empty(D, B, T, H, N),
         r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype)),
@@ -151,7 +169,7 @@ def _(r, log_w, k, v, kappa, a, state, cu_seqlens, direction, kernel, save):
 @wkv7_backward.register_fake
 def _(r, log_w, k, v, kappa, a, state, cu_seqlens, saved, dy, dlast, direction, kernel):
     B, _, H, N = r.shape
-    D, S = len(REVERSE[direction]), B if cu_seqlens is None else len(cu_seqlens) - 1
+    D, S = len(REVERSE[direction]), B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     first = r.new_empty(D, S, H, N, N, dtype=work_dtype(r.dtype))
     return [*(x.new_empty(x.shape) for x in (r, log_w, k, v, kappa, a)), first]
 
@@ -159,6 +177,7 @@ def _(r, log_w, k, v, kappa, a, state, cu_seqlens, saved, dy, dlast, direction, 
 def save_for_backward(ctx, inputs, output) -> None:
     *tensors, ctx.direction, ctx.kernel, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
@@ -169,21 +188,37 @@ def backward(ctx, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None):
 wkv7_forward.register_autograd(backward, setup_context=save_for_backward)
 
 
+def gradients(
+    ctx, dy: Tensor | None, dlast: Tensor | None, run: Callable[..., Sequence[Tensor]]
+) -> tuple[Any, ...]:
+    """For each argument of `wkv7_forward`; `run` takes the arguments of `wkv7_backward`."""
+    if torch.is_grad_enabled() or transformed():  # create_graph=True, torch.func
+        run = ScanBack.apply
+    *tensors, saved = ctx.saved_tensors
+    *found, first = run(*tensors, saved, dy, dlast, ctx.direction, ctx.kernel)
+    state = tensors[6]
+    return (*found, None if state is None else first.to(state.dtype), None, None, None, None)
+
+
 class Scan(torch.autograd.Function):
-    """The same without the operator."""
+    """`wkv7_forward` without the operator, its results `unstacked`."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(*arguments):
         y, last, saved = run_forward(*arguments)
-        save_for_backward(ctx, arguments, (y, last, saved))
+        *_, direction, _, _ = arguments
+        return *unstacked(direction, y, last), saved
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save_for_backward(ctx, inputs, output)
         ctx.spent = False
-        return unstacked(ctx.direction, y, last)
 
     @staticmethod
     def backward(ctx, *given):
-        dy, dlast = given
+        dy, dlast, _ = given
         if ctx.direction != "both":
-            dy, dlast = (None if x is None else x.unsqueeze(0) for x in given)
+            dy, dlast = (None if x is None else x.unsqueeze(0) for x in (dy, dlast))
         return gradients(ctx, dy, dlast, partial(Scan.spend, ctx))
 
     @staticmethod
@@ -197,36 +232,67 @@ class Scan(torch.autograd.Function):
         ctx.spent = True
         return backward(*tensors, saved, dy, dlast, direction, kernel, spend=True)
 
-
-def gradients(
-    ctx, dy: Tensor | None, dlast: Tensor | None, run: Callable[..., list[Tensor]]
-) -> tuple[Any, ...]:
-    """For each argument of `wkv7_forward`."""
-    *inputs, state, cu_seqlens, saved = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
-        grads = backward_by_definition(inputs, state, cu_seqlens, ctx.direction, dy, dlast)
-    else:
-        *found, first = run(*inputs, state, cu_seqlens, saved, dy, dlast, ctx.direction, ctx.kernel)
-        grads = [*found, None if state is None else first.to(state.dtype)]
-    return (*grads, None, None, None, None)
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        *tensors, direction, kernel, save = arguments
+        tensors, axis = joined(info.batch_size, in_dims, tensors)
+        save = save or will_need_gradients(tensors)
+        y, last, saved = Scan.apply(*tensors, direction, kernel, save)
+        # what is saved belongs to all samples together, however the kernel orders it
+        parts = part(y, info.batch_size, axis), part(last, info.batch_size, BATCH)
+        return (*parts, saved), (0, 0, None)
 
 
-def backward_by_definition(
-    inputs: list[Tensor],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    direction: str,
-    dy: Tensor | None,
-    dlast: Tensor | None,
-) -> list[Tensor | None]:
-    """The same gradients from the loop over time: differentiable, but memory grows with T N^2."""
-    inputs = [x.view_as(x) for x in inputs]  # apart, should one tensor be given twice
-    state = None if state is None else state.view_as(state)
-    wanted = [x for x in (*inputs, state) if x is not None and x.requires_grad]
-    with without_autocast(inputs[0].device):
-        offsets = host_offsets(cu_seqlens, inputs[0].shape[1])
-        outputs = by_definition(inputs, state, offsets, REVERSE[direction])
-        pairs = [(y, d) for y, d in zip(outputs, (dy, dlast), strict=True) if d is not None]
-        ys, dys = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in (*inputs, state)]
+class ScanBack(torch.autograd.Function):
+    """`wkv7_backward`, differentiable, for torch.func too."""
+
+    @staticmethod
+    def forward(*arguments):
+        *tensors, saved, dy, dlast, direction, kernel = arguments
+        if saved is None:
+            _, _, saved = torch.ops.goose_mm.wkv7_forward(*tensors, direction, kernel, True)
+        found = torch.ops.goose_mm.wkv7_backward(*tensors, saved, dy, dlast, direction, kernel)
+        return tuple(found)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, _, dy, dlast, ctx.direction, _ = inputs
+        ctx.save_for_backward(*tensors, dy, dlast)
+
+    @staticmethod
+    def backward(ctx, *given):
+        """From the loop over time, any number of times; memory grows with T N^2."""
+        *inputs, state, cu_seqlens, dy, dlast = ctx.saved_tensors
+        *given, first = given
+        offsets, reverse = host_offsets(cu_seqlens, inputs[0].shape[1]), REVERSE[ctx.direction]
+
+        def outputs(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            return by_definition(tensors[:6], tensors[6], offsets, reverse)
+
+        def back(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(outputs, *tensors[:7])[1](tensors[7:])
+
+        start = torch.zeros_like(first) if state is None else state
+        end = torch.zeros_like(first) if dlast is None else dlast
+        out = inputs[0].new_zeros(len(reverse), *inputs[0].shape) if dy is None else dy
+        with without_autocast(inputs[0].device):
+            pull = torch.func.vjp(back, *inputs, start, out, end)[1]
+            *found, dstate, ddy, ddlast = pull((*given, first.to(start.dtype)))
+        dstate, ddy, ddlast = (
+            None if x is None else d
+            for x, d in zip((state, dy, dlast), (dstate, ddy, ddlast), strict=True)
+        )
+        return (*found, dstate, None, None, ddy, ddlast, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        *tensors, saved, dy, dlast, direction, kernel = arguments
+        *dims, _, dy_dim, dlast_dim, _, _ = in_dims
+        if all(dim is None for dim in dims):
+            saved = None  # it is of one sample; only the gradients given are many
+        size = info.batch_size
+        tensors, axis = joined(size, dims, tensors)
+        dy, dlast = join(dy, dy_dim, size, axis), join(dlast, dlast_dim, size, BATCH)
+        *found, first = ScanBack.apply(*tensors, saved, dy, dlast, direction, kernel)
+        parts = (*(part(x, size, axis) for x in found), part(first, size, BATCH))
+        return parts, (0,) * len(parts)

@@ -45,6 +45,14 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def saved_states(tokens: int | torch.SymInt, apart: int, save: bool) -> int | torch.SymInt:
+    """How many states a kernel saves that needs one after each `apart` tokens but the last.
+
+    Two more than that: of a dimension that may be 0 or 1, torch.export makes a case of its own.
+    """
+    return (tokens - 1) // apart + 2 if save else 0
+
+
 def by_definition(
     inputs: Sequence[Float[Tensor, "B T H N"]],
     state: Float[Tensor, "D S H N N"] | None,

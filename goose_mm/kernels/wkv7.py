@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from goose_mm.kernels.autograd import (
     REVERSE,
     host_offsets,
     scan,
+    traced,
+    transformed,
     unstacked,
     without_autocast,
 )
@@ -22,6 +25,7 @@ from goose_mm.kernels.reference import by_definition
 
 Direction = Literal["forward", "backward", "both"]
 NAMES = ("r", "log_w", "k", "v", "kappa", "a")
+RWKV7_LOWEST = -math.exp(-0.5)  # log_w = RWKV7_LOWEST * sigmoid(d)
 
 
 def wkv7(
@@ -47,14 +51,16 @@ def wkv7(
         r, k, v: receptance, key, value, `[B, T, H, N]`, T >= 1, any floating dtype.
         log_w: log of the decay, <= 0. RWKV-7 has `-exp(-0.5) * sigmoid(d)`, so above -0.6066; the
             kernel "cuda" takes -0.7 or more, "triton" too for 16-bit tensors and -5 for float32,
-            "chunked" -2.75: all fail loudly below.
+            "chunked" -2.75, "reference" anything: by name, all fail loudly below.
         kappa: removal key of unit norm. a: in-context learning rate in [0, 1], or up to 2.
         state: the state to start from, `[S, H, N, N]` with S = B; None means zeros. Never modified.
         cu_seqlens: offsets `[S + 1]` (int32 or int64, first 0, last T) of S sequences packed
             along T, with B = 1. Each starts from its own state; empty ones are allowed.
         direction: "backward" runs from the last token (of each sequence) to the first. "both" runs
             each way and stacks, forward first: y `[2, B, T, H, N]`, states `[2, S, H, N, N]`.
-        kernel: a name in `available_kernels()`, or "auto" for the best that works here.
+        kernel: a name in `available_kernels()`, or "auto" for the best that works here and takes
+            the lowest log_w. On CUDA, to know that is to wait for the device: a caller who knows
+            it already gives the name that `choose` answers, as the models here do.
 
     Returns:
         y in the dtype of `r`, and the last state in float32 (float64 if `r` is). Both carry
@@ -67,11 +73,12 @@ def wkv7(
     "chunked" works in float32 throughout, and reads `cu_seqlens` on the host, which waits for a
     CUDA device.
     """
-    kernel = choose(kernel, r.device, r.dtype, r.shape[-1])
     if state is not None and direction != "both":
         state = state[None]
     inputs = (r, log_w, k, v, kappa, a)
     check(inputs, state, cu_seqlens, direction)
+    lowest = lowest_of(log_w) if kernel == "auto" else RWKV7_LOWEST
+    kernel = choose(kernel, r.device, r.dtype, r.shape[-1], lowest)
     if kernel == "reference":
         with without_autocast(r.device):
             offsets = host_offsets(cu_seqlens, r.shape[1])
@@ -89,17 +96,35 @@ def available_kernels() -> dict[str, str]:
     return {**names, "reference": ""}
 
 
-def choose(kernel: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """The kernel to use: "auto" takes the first that works, a named one that does not raises."""
+def choose(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    lowest: float = RWKV7_LOWEST,
+) -> str:
+    """The kernel to use: "auto" takes the first that works, for tensors without a log_w below
+    `lowest`; a named one that does not work raises."""
+    if kernel not in ("auto", *KERNELS, "reference"):
+        raise ValueError(f"unknown kernel {kernel!r}; known: {['auto', *KERNELS, 'reference']}")
+    if device.type == "meta":
+        return "chunked"  # nothing is computed, and shapes are the same for all
     if kernel == "auto":
         # cuda's products take 11 bits: enough for 16-bit tensors, but float32 asks for more
         names = (n for n in KERNELS if n != "cuda" or dtype != torch.float32)
-        return next(n for n in names if not KERNELS[n].unavailable(device, dtype, head_size))
-    if kernel != "reference" and kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}; known: {['auto', *KERNELS, 'reference']}")
+        able = (n for n in names if not KERNELS[n].unavailable(device, dtype, head_size))
+        return next((n for n in able if lowest >= KERNELS[n].lowest_log_w(dtype)), "reference")
     if kernel in KERNELS and (reason := KERNELS[kernel].unavailable(device, dtype, head_size)):
         raise ValueError(f"kernel {kernel!r} cannot be used here: {reason}")
     return kernel
+
+
+def lowest_of(log_w: Tensor) -> float:
+    """The lowest log_w; where values cannot be looked at, that of RWKV-7."""
+    captured = log_w.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or traced([log_w]) or transformed():
+        return RWKV7_LOWEST
+    return log_w.detach().amin().item()
 
 
 def check(
@@ -124,13 +149,13 @@ def check(
     if cu_seqlens is not None:
         if B != 1:
             raise ValueError(f"cu_seqlens packs sequences along T, with B = 1; r has B = {B}")
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
             raise ValueError(
                 f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; wanted integers, "
                 "one more than there are sequences"
             )
     if state is not None:
-        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         wanted = [len(REVERSE[direction]), sequences, H, N, N]
         if list(state.shape) != wanted or state.device != r.device:
             given, wanted = (s[1:] if wanted[0] == 1 else s for s in (list(state.shape), wanted))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,10 @@ from goose_mm.config import ConfigError, TextModel, VisionConfig, VisionModel
 from goose_mm.text.generate import Sampling, need_tokenizer, prefill, write
 from goose_mm.text.model import RWKV7LM
 from goose_mm.text.tokenizer import Tokenizer
+from goose_mm.vision.decode import Picture, image_digest, load_image
 from goose_mm.vision.encoders import align, build_encoder
 from goose_mm.vision.prefix import Prefix, PrefixCache
-from goose_mm.vision.preprocess import Picture, image_digest, load_image, normalise, transform
+from goose_mm.vision.preprocess import as_pictures, normalise, transform
 from goose_mm.vision.projector import build_projector
 
 Pictures = Picture | list[Picture] | tuple[Picture, ...]
@@ -69,18 +70,20 @@ class VisualRWKV7(nn.Module):
     def image_tokens(self, pixels: Tensor | Sequence[Tensor]) -> Float[Tensor, "B P C"]:
         """Tokens of a batch of pictures, row by row of the patch grid.
 
-        `pixels` is uint8 [B, 3, H, W], normalised here for every encoder, or what `preprocess`
-        gives: floats, one tensor for every encoder (a single encoder's may stand alone).
+        A tensor holds pictures, uint8 or floats in 0..1 [B, 3, H, W], and is normalised here for
+        every encoder. A list is what `preprocess` gives: one normalised tensor for every encoder.
         """
-        if isinstance(pixels, Tensor) and pixels.dtype == torch.uint8:
-            pixels = pixels.to(self.device)
+        if isinstance(pixels, Tensor):
+            pixels = as_pictures(pixels).to(self.device)
             views = [normalise(pixels, spec) for spec in self.config.vision.encoders]
         else:
-            views = [pixels] if isinstance(pixels, Tensor) else list(pixels)
+            views = list(pixels)
         if len(views) != len(self.encoders):
             raise ValueError(
                 f"{len(self.encoders)} encoders need as many normalised tensors, got {len(views)}"
             )
+        if not all(view.is_floating_point() for view in views):
+            raise ValueError("a list holds normalised floats; give pictures as one tensor")
         seen = [
             encoder(view.to(self.device))
             for encoder, view in zip(self.encoders, views, strict=True)
@@ -171,8 +174,9 @@ class VisualRWKV7(nn.Module):
     def ask(self, image: Pictures | Prefix | None, question: str, **settings: Any) -> str:
         """Answer one question about a picture (several in a list, a `Prefix`, or None: blind).
 
-        Greedy, at most 24 tokens; `settings` are fields of `Sampling` that override this.
-        ValueError or FileNotFoundError for a bad picture, ValueError for an empty question.
+        Greedy, at most 24 tokens; `settings` are fields of `Sampling` that override this, but
+        `stop` adds to the end of a turn. ValueError or FileNotFoundError for a bad picture,
+        ValueError for an empty question or an empty list of pictures.
         """
         return self.ask_many(image, [question], **settings)[0]
 
@@ -188,12 +192,12 @@ class VisualRWKV7(nn.Module):
 
         Every answer is the one `ask` would give: the questions do not see each other.
         """
-        prompts = self._prompts(questions)
+        prompts, sampling = self._prompts(questions), self._sampling(batch_size, settings)
         prefix = image if isinstance(image, Prefix) else self.prefix(image)
         if prefix.fingerprint != self.fingerprint():
             raise ValueError("this prefix was made by another model, or before its weights changed")
         owners = [0] * len(prompts)
-        return self._answers(prefix.state.to(self.device), owners, prompts, batch_size, settings)
+        return self._answers(prefix.state.to(self.device), owners, prompts, batch_size, sampling)
 
     def ask_batch(
         self,
@@ -205,11 +209,16 @@ class VisualRWKV7(nn.Module):
     ) -> list[list[str]]:
         """Answers to `questions[i]` about `images[i]`, all pictures read at once.
 
-        `images` are pictures, a uint8 tensor [B, 3, H, W], or None to answer blind.
+        `images` are pictures, or a tensor [B, 3, H, W] of them, uint8 or floats in 0..1, or None
+        to answer blind. ValueError for any other tensor.
         """
+        if isinstance(images, Tensor):
+            images = as_pictures(images)
         if images is not None and len(images) != len(questions):
             raise ValueError(f"{len(images)} images but questions for {len(questions)}")
-        prompts = [self._prompts(some) for some in questions]
+        prompts, sampling = [*map(self._prompts, questions)], self._sampling(batch_size, settings)
+        if not prompts:
+            return []
         owners = [i for i, some in enumerate(questions) for _ in some]
         with torch.inference_mode():
             pictures = []
@@ -218,7 +227,7 @@ class VisualRWKV7(nn.Module):
                 pictures = [self.image_tokens(pixels)]
             state, _ = self._read(pictures, len(questions))
         flat = [prompt for some in prompts for prompt in some]
-        answers = iter(self._answers(state, owners, flat, batch_size, settings))
+        answers = iter(self._answers(state, owners, flat, batch_size, sampling))
         return [[next(answers) for _ in some] for some in questions]
 
     def _prompts(self, questions: Sequence[str]) -> list[list[int]]:
@@ -227,18 +236,23 @@ class VisualRWKV7(nn.Module):
         encode = need_tokenizer(self.lm).encode  # never yields the end-of-text id
         return [encode(prompt_text(self.config.vision, question)) for question in questions]
 
+    def _sampling(self, batch_size: int, settings: dict[str, Any]) -> Sampling:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        greedy: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0}
+        sampling = Sampling(**(greedy | settings))
+        end = self.config.vision.stop
+        return replace(sampling, stop=(*sampling.stop, end)) if end else sampling
+
     def _answers(
         self,
         state: State,
         owners: list[int],
         prompts: list[list[int]],
         batch_size: int,
-        settings: dict[str, Any],
+        sampling: Sampling,
     ) -> list[str]:
         """The answer to every prompt, continued from row `owners[i]` of the state."""
-        stop = (self.config.vision.stop,) if self.config.vision.stop else ()
-        greedy: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "stop": stop}
-        sampling = Sampling(**(greedy | settings))
         answers: list[str] = []
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
@@ -262,4 +276,8 @@ def prompt_text(vision: VisionConfig, question: str) -> str:
 def _as_list(pictures: Pictures | None) -> list[Picture]:
     if pictures is None:
         return []
-    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+    if not isinstance(pictures, (list, tuple)):
+        return [pictures]
+    if not pictures:
+        raise ValueError("the list of pictures is empty; give one, or None to answer blind")
+    return list(pictures)

@@ -1,133 +1,48 @@
-"""Pictures in, normalised squares out: what people have on disk becomes what an encoder expects.
+"""Pictures in, normalised squares out: what people have becomes what an encoder expects.
 
-A picture is a path, the bytes of a file, a PIL image or a numpy array. Resizing is Pillow's
-antialiased one for pictures; the tensor path (`normalise`) does the same on the device, for
-training batches. Colour statistics belong to the encoder, so every encoder has its own transform.
+Resizing is Pillow's antialiased one for pictures; the tensor path (`normalise`) does the same on
+the device, for training batches. Colour statistics belong to the encoder, so every encoder has its
+own transform.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from goose_mm.config import EncoderSpec
-
-MAX_PIXELS = 64_000_000  # 192 MB once decoded; read from the header, before decoding
-# Pillow would also hand PostScript to an interpreter: only plain picture formats are tried.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO")
-MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I")
-
-Picture = str | Path | bytes | Image.Image | np.ndarray
+from goose_mm.vision.decode import Picture, load_image
 
 
-def load_image(picture: Picture) -> Image.Image:
-    """Any picture as upright 8-bit RGB: transparency on white, first frame of an animation.
+def as_pictures(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
+    """A batch of pictures: uint8 [B, 3, H, W], or floats in 0..1, which are rounded to 8 bits.
 
-    Arrays are `[H, W]` or `[H, W, 1 | 3 | 4]`, uint8, uint16 or floats in 0..1.
-    FileNotFoundError when the path does not exist; ValueError when it is no picture, a broken
-    one, or one of more than `MAX_PIXELS` pixels (refused without decoding it).
+    ValueError for anything else, as other layouts, other integers, and what is normalised already.
     """
-    if isinstance(picture, np.ndarray):
-        return _to_rgb(_from_array(picture), "the array")
-    if isinstance(picture, Image.Image):
-        return _to_rgb(picture, "the image")
-    if isinstance(picture, bytes):
-        return _decode(io.BytesIO(picture), f"the image ({len(picture)} bytes)")
-    path = Path(picture)
-    if not path.exists():
-        raise FileNotFoundError(f"image not found: {path}")
-    if not path.is_file():
-        raise ValueError(f"{path} is not an image but a folder or a device")
-    with path.open("rb") as file:
-        return _decode(file, str(path))
-
-
-def _decode(file: io.BytesIO | io.BufferedReader, name: str) -> Image.Image:
-    with warnings.catch_warnings():
-        # our own limit is below Pillow's, and a broken EXIF block costs only the rotation
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except Image.DecompressionBombError:
-            raise ValueError(_too_large(name)) from None
-        except Image.UnidentifiedImageError:
-            known = ", ".join(FORMATS)
-            raise ValueError(f"{name} is no image, or damaged (known formats: {known})") from None
-        except Exception as error:
-            raise ValueError(_damaged(name, error)) from None
-        return _to_rgb(image, name)
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(_too_large(f"{name} ({width} x {height})"))
-    if width * height == 0:
-        raise ValueError(f"{name} has no pixels ({width} x {height})")
-    try:
-        image.load()
-    except Exception as error:  # decoders raise nearly any kind of error on broken files
-        raise ValueError(_damaged(name, error)) from None
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode in MODES_16_BIT:  # Pillow's own conversion would clip at 255
-        image = Image.fromarray(_to_8_bit(np.asarray(image).clip(0, 65535)))
-    if image.mode == "F":
-        raise ValueError(f"{name} holds 32-bit floats; save it with 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        on_white = Image.new("RGBA", image.size, "white")
-        on_white.alpha_composite(image.convert("RGBA"))
-        image = on_white
-    return image.convert("RGB")
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    shape = list(array.shape)
-    if (
-        not array.size
-        or array.ndim not in (2, 3)
-        or (array.ndim == 3 and shape[2] not in (1, 3, 4))
-    ):
-        raise ValueError(f"an image array must be [H, W] or [H, W, 1 | 3 | 4], got {shape}")
-    if array.ndim == 3 and shape[2] == 1:
-        array = array[..., 0]
-    if array.dtype == np.uint16:
-        array = _to_8_bit(array)
-    elif np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):
-            raise ValueError("a float image array must lie in 0..1, without NaN")
-        array = np.rint(array * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"an image array must be uint8, uint16 or float, got {array.dtype}")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _damaged(name: str, error: Exception) -> str:
-    return f"{name} cannot be decoded, it is damaged: {error}"
-
-
-def _too_large(name: str) -> str:
-    return f"{name} has more than {MAX_PIXELS // 10**6} million pixels; scale it down first"
-
-
-def image_digest(image: Image.Image) -> str:
-    """sha256 of the pixels of an RGB image: the same for a file, its copy and its decoded form."""
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    shape = list(images.shape)
+    if images.ndim != 4 or shape[1] != 3 or 0 in shape:
+        cure = "; permute(0, 3, 1, 2) moves the channels there" if shape[-1:] == [3] else ""
+        raise ValueError(f"a batch of pictures is [B, 3, H, W], got {shape}{cure}")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(
+            f"a batch of pictures is uint8, or floats in 0..1, got {images.dtype}; "
+            "if its values are 0..255, use .to(torch.uint8)"
+        )
+    low, high = (x.item() for x in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"a float batch of pictures lies in 0..1, this one in {low:.4g}..{high:.4g}; divide by "
+            "255, or give what preprocess() makes as the list that it is"
+        )
+    return (images.float() * 255).round().to(torch.uint8)
 
 
 def to_square(image: Image.Image, spec: EncoderSpec) -> Image.Image:

@@ -207,3 +207,7 @@ def test_shipped_recipe_fits_its_budget():
     net = AudioRWKV7(model_part(load_recipe("audio_tiny")))
     assert sum(p.numel() for p in net.parameters()) <= 2.5e6  # 5 MB in 16 bits
     assert len(net.labels) == 10
+
+
+def test_the_meta_device_gives_shapes():
+    assert tagger().to("meta")(torch.zeros(2, 9001, device="meta")).shape == (2, len(LABELS))

@@ -1,9 +1,11 @@
 """Laws of the RWKV-7 stack: split = whole, decode = prefill, padded = packed = single."""
 
 import math
+import sys
 
 import pytest
 import torch
+from torch.func import functional_call, grad, vmap
 
 from goose_mm.backbone import RWKV7, State
 from goose_mm.backbone.token_shift import ConvShift, Stream
@@ -203,3 +205,51 @@ def test_one_layer_starts_finite():
 def test_wrong_input_says_what_is_wrong(call, message):
     with pytest.raises((ValueError, ConfigError), match=message):
         call(shaken(CONFIG))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gradients_of_every_sample_are_those_of_a_loop(bidirectional):
+    """torch.func over a stack and over one block, as differential privacy asks for."""
+    shift = "conv" if bidirectional else "token"
+    config = BackboneConfig(
+        dim=32, num_layers=2, head_size=16, bidirectional=bidirectional, shift=shift
+    )
+    stack, x = shaken(config), tokens(3, 1, 6, 32)
+
+    def whole(weights, sample):
+        y, _ = functional_call(stack, weights, (sample,), {"grid": (2, 3)})
+        return y.sin().sum()
+
+    def block(weights, sample):
+        start = State.zeros(config, 1, dtype=sample.dtype)
+        before = (start.time_shift[0], start.channel_shift[0], None)
+        stream = Stream.of(sample, grid=(2, 3))
+        arguments = (sample, None, before, stream, "auto")
+        return functional_call(stack.blocks[0], weights, arguments)[0].sin().sum()
+
+    for loss, module in ((whole, stack), (block, stack.blocks[0])):
+        weights = dict(module.named_parameters())
+        each = vmap(grad(loss), in_dims=(None, 0))(weights, x)
+        for i, sample in enumerate(x):
+            alone = torch.autograd.grad(loss(weights, sample), list(weights.values()))
+            same([g[i] for g in each.values()], alone)
+
+
+@pytest.mark.parametrize("layout", ["rows", "mask", "packed"])
+def test_the_meta_device_gives_shapes(layout):
+    with torch.device("meta"):
+        backbone = RWKV7(CONFIG)
+        x = torch.zeros(1, 20, 128)
+        mask = torch.ones(1, 20, dtype=torch.bool) if layout == "mask" else None
+        bounds = torch.tensor([0, 3, 20], dtype=torch.int32) if layout == "packed" else None
+        y, state = backbone(x, mask=mask, cu_seqlens=bounds)
+    assert y.is_meta and y.shape == x.shape
+    assert state.wkv.shape == (3, 2 if layout == "packed" else 1, 2, 64, 64)
+    y.sum().backward()
+    assert all(p.grad.shape == p.shape for p in backbone.parameters())
+
+
+def test_models_do_not_look_at_their_decays(monkeypatch):
+    """On CUDA that would be to wait for the device; they know that no kernel's range is left."""
+    monkeypatch.setattr(sys.modules["goose_mm.kernels.wkv7"], "lowest_of", None)
+    shaken(CONFIG)(tokens(1, 5, 128))

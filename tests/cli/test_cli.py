@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -219,6 +220,18 @@ def test_broken_picture(make, said, complaint, models, tmp_path):
     assert said in err and "x.png" in err
 
 
+def test_a_bad_picture_is_named_before_anything_slow_begins(tmp_path):
+    page = tmp_path / "x.png"
+    page.write_text("<!DOCTYPE html><html>")
+    code = (
+        "import sys; from goose_mm import cli\n"
+        f"code = cli.main(['ask', {str(page)!r}, 'What?', '--model', 'no such model'])\n"
+        "sys.exit(code if 'torch' not in sys.modules else 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "x.png is no image but a web page" in done.stderr
+
+
 def nan_wav(path: Path) -> None:
     """A float WAV (format 3) with one NaN in it."""
     samples = np.zeros(1600, "<f4")
@@ -303,6 +316,25 @@ def test_ask_prints_one_line_per_question(models, picture, capsys):
     assert [row["question"] for row in rows] == questions
     assert all(row["image"] == str(picture) for row in rows)
     assert [" ".join(row["answer"].split()) for row in rows] == plain.splitlines()
+
+
+def test_ask_takes_a_picture_from_stdin_or_an_address(
+    models, picture, capsys, complaint, monkeypatch
+):
+    def ask(image: str, stdin: bytes = b"") -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        assert cli.main(["ask", image, "What is this?", "--model", str(models["vision"])]) == 0
+        return capsys.readouterr().out
+
+    data = picture.read_bytes()
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    assert ask(str(picture)) == ask("-", data) == ask(address)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "an empty file" in complaint("ask", "-", "What is this?")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "closed" in complaint("ask", "-", "What is this?")
+    for given in (address[:-5], address[22:], "x" * 5000 + ".png"):
+        assert len(complaint("ask", given, "What is this?")) < 300
 
 
 def test_tag_prints_scores_and_labels(models, clip, capsys):

@@ -130,6 +130,12 @@ def test_the_smallest_gradients_survive():
         assert (got.cpu().double() - want).norm() <= 6e-3 * want.norm()
 
 
+def test_auto_takes_a_kernel_that_holds_the_lowest_decay():
+    inputs = [x.to(DEVICE) for x in make(1, 20, 1, 64, dtype=torch.bfloat16)]
+    inputs[1][0, 7] = -0.71
+    assert all(map(torch.equal, wkv7(*inputs), wkv7(*inputs, kernel="chunked")))
+
+
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="on CUDA a device-side assertion ends the process"
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -340,37 +338,6 @@ def test_operators_are_registered_correctly(kernel):
         )
 
 
-COMPILE = """
-import torch
-from goose_mm.kernels import wkv7
-
-def layer(r, log_w, k, v, kappa, a, state, packed, way):
-    y, state = wkv7(r.tanh(), log_w, k, v, kappa, a, state, cu_seqlens=packed, direction=way)
-    return y.sin(), 2 * state
-
-def run(f, T, *args):
-    torch.manual_seed(0)
-    inputs = [torch.rand(1, T, 3, 8) * s for s in (1, -0.6, 1, 1, 0.3, 1)]
-    inputs = [x.requires_grad_() for x in inputs]
-    y, state = f(*inputs, *args)
-    return y, state, *torch.autograd.grad(y.sum() + state.sum(), inputs)
-
-packed = torch.tensor([0, 3, 3, 20], dtype=torch.int32)
-for dynamic in (None, True):
-    torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for T, *rest in [(20, None, "forward"), (33, None, "forward"), (20, packed, "both")]:
-        args = (T, None, *rest)
-        assert all(map(torch.equal, run(layer, *args), run(compiled, *args))), (dynamic, args)
-"""
-
-
-def test_compiles_without_graph_breaks():
-    # In a process of its own: the shape checks of this test session cannot be traced.
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def peak_bytes(function):
     """The most that was allocated at once while `function` ran, its result included."""
     cpu = torch.profiler.ProfilerActivity.CPU
@@ -439,7 +406,24 @@ def test_decay_below_the_limit_is_an_error_not_nan():
     assert y.isfinite().all() and last.isfinite().all()
 
 
+def test_auto_falls_back_below_a_kernels_range():
+    for lowest in (-3.0, -90.0, -float("inf")):
+        inputs, dy, dlast = make(1, 40, 2, 8), noise(1, 40, 2, 8), noise(1, 2, 8, 8)
+        inputs[1][0, 7:9] = lowest
+        with pytest.raises(ValueError, match=r"below -2.75"):
+            wkv7(*inputs, kernel="chunked")
+        assert_close(
+            results(wkv7, inputs, None, dy, dlast), results(reference, inputs, None, dy, dlast)
+        )
+    with pytest.raises(ValueError, match=r"below -2.75.*kernel='reference'"):
+        torch.vmap(wkv7)(*(x[None] for x in inputs))  # no value can be looked at there
+
+
 def test_choice_of_kernel():
+    cpu = torch.device("cpu")
     assert available_kernels()["chunked"] == "" and available_kernels()["reference"] == ""
-    assert choose("auto", torch.device("cpu"), torch.float32, 64) == "chunked"
-    assert choose("reference", torch.device("cpu"), torch.float32, 64) == "reference"
+    assert choose("auto", cpu, torch.float32, 64) == "chunked"
+    assert choose("reference", cpu, torch.float32, 64) == "reference"
+    assert choose("auto", cpu, torch.float32, 64, LOWEST_LOG_W) == "chunked"
+    for lowest in (LOWEST_LOG_W - 0.01, -float("inf"), float("nan")):
+        assert choose("auto", cpu, torch.float32, 64, lowest) == "reference"

@@ -9,7 +9,7 @@ import torch
 from emulator import HOPPER, compiled, compiler, emulated_cuda  # noqa: F401
 from test_wkv7 import error, hard_cases, make, noise, oracle, results
 
-from goose_mm.kernels import wkv7
+from goose_mm.kernels import choose, wkv7
 from goose_mm.kernels.cuda import launch as cuda
 from goose_mm.kernels.cuda import nvrtc
 
@@ -125,6 +125,21 @@ def test_the_operator_for_traced_code_is_the_same(wide):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+def test_samples_of_a_vmap_are_rows_of_one_batch(wide):
+    """What the forward pass saves is passed on whole, in whatever order."""
+    stacked = [x[:, None].bfloat16() for x in make(2, 20, 1, 64)]
+
+    def loss(*inputs):
+        return wkv7(*inputs, kernel="cuda")[0].square().sum()
+
+    every = tuple(range(6))
+    got = torch.vmap(torch.func.grad(loss, every))(*stacked)
+    for i in range(2):
+        leaves = [x[i].requires_grad_() for x in stacked]
+        want = torch.autograd.grad(loss(*leaves), leaves)
+        assert all(torch.equal(g[i], w) for g, w in zip(got, want, strict=True))
+
+
 def test_the_smallest_gradients_survive():
     inputs, dy = make(1, 60, 1, 64, dtype=torch.float32), noise(1, 60, 1, 64) * 1e-9
     exact = results(oracle("forward"), [x.double() for x in inputs], None, dy)
@@ -149,6 +164,16 @@ def test_decay_below_the_limit_is_an_error_not_nan():
     inputs[1] = inputs[1] * 0 - 0.71
     with pytest.raises(RuntimeError, match=r"log_w below -0\.7"):
         wkv7(*inputs, kernel="cuda")
+
+
+def test_auto_takes_the_next_kernel_below_the_limit(monkeypatch):
+    inputs = make(1, 20, 1, 64, dtype=torch.bfloat16)
+    kinds = torch.device("cpu"), torch.bfloat16, 64
+    assert choose("auto", *kinds) == choose("auto", *kinds, cuda.LOWEST_LOG_W) == "cuda"
+    assert choose("auto", *kinds, -0.71) == "chunked"
+    monkeypatch.setattr(cuda, "forward", None)
+    inputs[1][0, 7] = -0.71
+    assert all(map(torch.equal, wkv7(*inputs), wkv7(*inputs, kernel="chunked")))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -83,7 +83,7 @@ def naive_loss(model, batch):
     before = model.lm.tokenizer.encode(model.config.vision.before_image)
     losses, exact = [], []
     for i, (start, stop) in enumerate(itertools.pairwise(batch["cu_seqlens"].tolist())):
-        tokens = model.image_tokens(normalise(batch["pixels"][i // 2][None], EYE))
+        tokens = model.image_tokens([normalise(batch["pixels"][i // 2][None], EYE)])
         ids, target = (batch[key][0, start:stop] for key in ("ids", "target"))
         if not target.any():
             continue
@@ -168,6 +168,48 @@ def test_pictures_in_a_batch_are_read_as_alone(model):
     assert from_raw == [model.ask_many(photo(i), QUESTIONS) for i in (0, 1)]
     with pytest.raises(ValueError, match="3 images but questions for 2"):
         model.ask_batch(pictures, asked[:2])
+
+
+def test_a_tensor_of_pictures_is_never_taken_for_normalised(model):
+    raw = torch.from_numpy(np.stack([np.array(photo(i)) for i in (0, 1)])).permute(0, 3, 1, 2)
+    asked = [QUESTIONS, QUESTIONS]
+    assert model.ask_batch(raw.float() / 255, asked) == model.ask_batch(raw, asked)
+    (normal,) = model.preprocess([photo(0), photo(1)])
+    assert torch.equal(model.image_tokens([normal]), model.image_tokens(raw))
+    for other in (raw.long(), raw.float(), raw.permute(0, 2, 3, 1), raw[0], normal):
+        for use in (lambda x: model.ask_batch(x, asked), model.image_tokens):
+            with pytest.raises(ValueError, match=r"a (float )?batch of pictures"):
+                use(other)
+    with pytest.raises(ValueError, match="give pictures as one tensor"):
+        model.image_tokens([raw])
+
+
+def test_nothing_to_ask_and_nothing_to_see(model):
+    assert model.ask_batch(None, []) == model.ask_batch([], []) == []
+    assert model.ask_batch(None, [[], []]) == [[], []]
+    for nothing in ([], ()):
+        with pytest.raises(ValueError, match="list of pictures is empty; give one, or None"):
+            model.ask(nothing, QUESTIONS[0])
+    for size in (0, -1):
+        for ask in (
+            lambda size: model.ask_many(photo(0), QUESTIONS, batch_size=size),
+            lambda size: model.ask_many(photo(0), [], batch_size=size),
+            lambda size: model.ask_batch(None, [QUESTIONS], batch_size=size),
+        ):
+            with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+                ask(size)
+
+
+def test_stop_adds_to_the_end_of_a_turn(tokenizer):
+    plain = build(tokenizer, stop="")
+    whole = plain.ask(photo(0), QUESTIONS[0])
+    mark, end = whole[8:10], whole[4:6]  # what the model says anyway
+    assert mark and end and mark not in whole[:6] and end not in whole[:4]
+    ended = build(tokenizer, stop=end)
+    assert ended.ask(photo(0), QUESTIONS[0]) == whole[:4].strip()
+    for stop in ((mark,), ()):
+        assert ended.ask(photo(0), QUESTIONS[0], stop=stop) == whole[:4].strip()
+    assert plain.ask(photo(0), QUESTIONS[0], stop=(mark,)) == whole[:8].strip()
 
 
 def test_the_answer_depends_on_the_picture_and_can_be_blind(model):
@@ -287,7 +329,13 @@ def test_pixels_must_match_the_encoders(tokenizer):
     pixels = torch.from_numpy(np.array(photo(0))).permute(2, 0, 1)[None]
     assert model.image_tokens(pixels).shape == (1, 4, 32)
     with pytest.raises(ValueError, match="2 encoders need as many normalised tensors, got 1"):
-        model.image_tokens(normalise(pixels, EYE))
+        model.image_tokens([normalise(pixels, EYE)])
+
+
+def test_the_meta_device_gives_shapes(tokenizer):
+    model = build(tokenizer, projector="grid_mixer", mixer_layers=1).to("meta")
+    pixels = torch.zeros(2, 3, 40, 50, dtype=torch.uint8, device="meta")
+    assert model.image_tokens(pixels).shape == (2, 4, 32)
 
 
 def test_configurations_that_cannot_work_are_refused(tokenizer):

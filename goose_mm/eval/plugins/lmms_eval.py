@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from goose_mm.eval.tasks.likelihood import load_model, loglikelihoods, sampling, whole_number
 from goose_mm.text.generate import need_tokenizer
+from goose_mm.vision.decode import image_digest, load_image
 from goose_mm.vision.model import VisualRWKV7, prompt_text
 from goose_mm.vision.prefix import PrefixCache
-from goose_mm.vision.preprocess import image_digest, load_image
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest

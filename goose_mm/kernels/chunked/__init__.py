@@ -5,7 +5,8 @@ from goose_mm.kernels.chunked.scan import (
     backward,
     empty_saved,
     forward,
+    lowest_log_w,
     unavailable,
 )
 
-__all__ = ["LOWEST_LOG_W", "backward", "empty_saved", "forward", "unavailable"]
+__all__ = ["LOWEST_LOG_W", "backward", "empty_saved", "forward", "lowest_log_w", "unavailable"]

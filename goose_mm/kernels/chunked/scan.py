@@ -17,7 +17,7 @@ from torch import Tensor
 
 from goose_mm.kernels.chunked.chunks import BackWork, Masks, Work, outputs, run, run_back
 from goose_mm.kernels.chunked.spans import CHUNK, SPAN, plan
-from goose_mm.kernels.reference import reference, work_dtype
+from goose_mm.kernels.reference import reference, saved_states, work_dtype
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
 # K states between spans
@@ -30,11 +30,15 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_size: int) -> str
     return ""
 
 
+def lowest_log_w(dtype: torch.dtype) -> float:
+    return LOWEST_LOG_W
+
+
 def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
     """Room for the states a backward pass needs: [D, K, B, H, N, N], K = 0 if none."""
     B, T, H, N = r.shape
-    slots = (T - 1) // SPAN if save else 0
-    return r.new_empty(directions, slots, B, H, N, N, dtype=work_dtype(r.dtype))
+    K = saved_states(T, SPAN, save)
+    return r.new_empty(directions, K, B, H, N, N, dtype=work_dtype(r.dtype))
 
 
 def forward(
@@ -57,6 +61,7 @@ def forward(
     y = r.new_empty(D, B, T, H, N)
     last = r.new_zeros(D, S, H, N, N, dtype=work) if state is None else state.to(work, copy=True)
     saved = empty_saved(r, D, S, save)
+    saved[:, -2:] = 0  # never used: the operator's results are the same every time
     masks, room = cache(partial(Masks.of, like=last)), cache(partial(Work.empty, like=last))
     for d, backwards in enumerate(reverse):
         for states, spans in plan(r, offsets, backwards):

@@ -19,11 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goose_mm.kernels.cuda import nvrtc
+from goose_mm.kernels.reference import saved_states
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
 # K saved states, between segments of some chunks
 
 CHUNK = 16
+LOWEST_LOG_W = -0.7  # so that factors of half a chunk fit float16: csrc/chunk.cuh
 HEAD_SIZES = (64, 128)
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 # (head size, bytes of a number) -> (shared memory that a block needs, chunks of a segment)
@@ -107,6 +109,10 @@ def options(dtype: torch.dtype, head_size: int, out: torch.dtype, chunks: int) -
     return tuple(f"-D{key}={value}" for key, value in chosen.items())
 
 
+def lowest_log_w(dtype: torch.dtype) -> float:
+    return LOWEST_LOG_W
+
+
 def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
     """For what a backward pass needs: states [D, K, B, H, N, N] in float16, K = 0 if none.
 
@@ -116,8 +122,8 @@ def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save:
     chunks = spacing(r, directions, states, save)
     if save and chunks == EVERY:
         return r.new_empty(directions, room(r, states))
-    slots = (T - 1) // (CHUNK * chunks) if save else 0
-    return r.new_empty(directions, slots, B, H, N, N, dtype=torch.float16)
+    K = saved_states(T, CHUNK * chunks, save)
+    return r.new_empty(directions, K, B, H, N, N, dtype=torch.float16)
 
 
 def forward(

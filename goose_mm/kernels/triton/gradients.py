@@ -79,7 +79,7 @@ def gradients(
         at += tl.arange(0, N)[None, :]
         of = d * rows * T * H * N + at
         slot = ((d * slots + slot) * rows + row) * H + head
-        before = (d * ((T - 1) // Q) + (first + chunk * Q) // Q - 1) * rows + row
+        before = (d * ((T - 1) // Q + 2) + (first + chunk * Q) // Q - 1) * rows + row
         made = chunks + slot * size_of_chunk(N, Q)
         keys = tl.arange(0, N)
 

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from goose_mm.kernels.reference import saved_states
+
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
 # K saved states, between chunks of CHUNK tokens
 
@@ -73,11 +75,15 @@ def lacking(device: torch.device, dtype: torch.dtype) -> str:
 vars(lacking)["_dynamo_marked_constant"] = True
 
 
+def lowest_log_w(dtype: torch.dtype) -> float:
+    return WORK[dtype][1]
+
+
 def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
     """Room for the states a backward pass needs: [D, K, B, H, N, N], K = 0 if none."""
     B, T, H, N = r.shape
-    slots = (T - 1) // CHUNK if save else 0
-    return r.new_empty(directions, slots, B, H, N, N, dtype=WORK[r.dtype][0])
+    K = saved_states(T, CHUNK, save)
+    return r.new_empty(directions, K, B, H, N, N, dtype=WORK[r.dtype][0])
 
 
 def forward(

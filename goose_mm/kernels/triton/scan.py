@@ -152,7 +152,7 @@ def scan(
         ended = decay
         S0 = S.to(TYPE)
         if SAVE:
-            before = (d * ((T - 1) // Q) + (first + chunk * Q) // Q - 1) * rows + row
+            before = (d * ((T - 1) // Q + 2) + (first + chunk * Q) // Q - 1) * rows + row
             tl.store(saved + (before * H + head) * N * N + part, S0, mask=chunk > 0)
         V = tl.trans(tl.load(v + at + values, mask=inside, other=0.0))
         F = tl.load(tile(of, 1, N, Q))
