@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -32,16 +32,13 @@ AHEAD = 2  # steps that a GPU may be ahead of what the host has seen
 Steps = Callable[[Tensor], Tensor]  # tokens [B] -> logits [B,V] after them
 
 
-@runtime_checkable
-class LanguageModel(Protocol):
-    """What is asked of a model that writes; `RWKV7LM` is one."""
+class LanguageModel(nn.Module):
+    """What is asked of a model that writes: `RWKV7LM` is one."""
 
     tokenizer: Tokenizer | None
     emb: nn.Embedding
     backbone: RWKV7
     head: nn.Linear
-
-    def __call__(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]: ...
 
 
 @torch.no_grad()
@@ -125,7 +122,7 @@ class Arrival(NamedTuple):
 
 def stepping(model: LanguageModel, state: State) -> AbstractContextManager[Steps]:
     """A function that takes rows one token on from `state`, which stays as it is."""
-    if getattr(model, "training", False) or not plain(model.emb, model.backbone, model.head):
+    if model.training or not plain(model.emb, model.backbone, model.head):
         return nullcontext(one_by_one(model, state))
     decoder = DECODERS.get(model)
     if decoder is None or not decoder.current(model):

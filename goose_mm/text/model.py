@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from goose_mm.backbone import RWKV7, State
 from goose_mm.backbone.init import initialise_vocabulary
 from goose_mm.config import TextModel
-from goose_mm.text.generate import Sampling, complete, stream_text
+from goose_mm.text.generate import LanguageModel, Sampling, complete, stream_text
 from goose_mm.text.tokenizer import Tokenizer
 
 MAX_LOGIT_PENALTY = 1e-4  # L2Wrap of the official recipe: keeps the largest logit near zero
 
 
-class RWKV7LM(nn.Module):
+class RWKV7LM(LanguageModel):
     """Next-token model. `forward` is a pure function of ids and state."""
 
     def __init__(self, config: TextModel, tokenizer: Tokenizer | None = None) -> None:

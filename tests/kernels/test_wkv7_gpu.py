@@ -21,7 +21,7 @@ def run(**environment):
     done = subprocess.run(
         command,
         env=os.environ | environment,
-        cwd=CASES.parent.parent,
+        cwd=CASES.parents[2],
         capture_output=True,
         text=True,
     )
