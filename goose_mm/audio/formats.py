@@ -169,6 +169,8 @@ def _libsndfile(file: File, flaws: list[str]) -> Frames:
     with sound:
         if sound.format == "VOC" or "MPEG" in sound.subtype:
             raise Undecodable  # VOC: it takes the headers of further blocks for samples
+        if sound.frames == np.iinfo(np.int64).max:
+            raise Undecodable  # a FLAC of unknown length, which soundfile cannot read in blocks
         if not sound.frames:
             raise Undecodable("it holds no samples")
         count = 0
@@ -182,7 +184,7 @@ def _libsndfile(file: File, flaws: list[str]) -> Frames:
             if int(found) + HEADER_SLACK < int(declared) < UNKNOWN_SIZE:
                 flaws.append(f"cut off: {found} of {declared} bytes are there")
                 return
-        if count < sound.frames < np.iinfo(np.int64).max:
+        if count < sound.frames:
             flaws.append(f"{count} of {sound.frames} samples are there")
 
 

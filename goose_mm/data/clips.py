@@ -7,9 +7,9 @@ own meta/esc50.csv is read as well. All clips are decoded once into memory.
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -234,28 +234,30 @@ def _cells(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[st
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{table}, line {line}: this is not UTF-8 text; save it as such") from None
-    heading = next((line for line in text.splitlines() if line.strip()), "")
+    lines = re.split("\r\n|\r|\n", text)
+    heading = next((line for line in lines if line.strip()), "")
     separator = max(",;\t", key=heading.count)
-    reader, header = csv.reader(io.StringIO(text, newline=""), delimiter=separator), []
-    try:
-        for row in reader:
-            cells = [cell.strip() for cell in row]
-            if not any(cells):
-                continue
-            if not header:
-                header = [cell.casefold() for cell in cells]
-                if lacking := set(columns) - set(header):
-                    raise ValueError(f"{table} lacks the columns {', '.join(sorted(lacking))}")
-                continue
-            found = dict(zip(header, cells, strict=False))
-            if not found.keys() >= set(columns) or any(cells[len(header) :]):
-                raise ValueError(
-                    f"{table}, line {reader.line_num}: {len(cells)} cells, but the heading has "
-                    f"{len(header)}; put quotes around a cell that holds {separator!r}"
-                )
-            yield reader.line_num, found
-    except csv.Error as error:
-        raise ValueError(f"{table}, line {reader.line_num}: {error}") from None
+    header: list[str] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = next(csv.reader([line], delimiter=separator, strict=True), [])
+        except csv.Error as error:
+            raise ValueError(f"{table}, line {number}: {error}") from None
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
+            continue
+        if not header:
+            header = [cell.casefold() for cell in cells]
+            if lacking := set(columns) - set(header):
+                raise ValueError(f"{table} lacks the columns {', '.join(sorted(lacking))}")
+            continue
+        found = dict(zip(header, cells, strict=False))
+        if not found.keys() >= set(columns) or any(cells[len(header) :]):
+            raise ValueError(
+                f"{table}, line {number}: {len(cells)} cells, but the heading has {len(header)}; "
+                f"put quotes around a cell that holds {separator!r}"
+            )
+        yield number, found
     if not header:
         raise ValueError(f"{table} is empty")
 

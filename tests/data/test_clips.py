@@ -121,6 +121,7 @@ def break_table(old, new):
         ),
         (break_table("3.wav,1,high,me", "3.wav,1"), {}, r"line 5: 2 cells, but the heading has 4"),
         (break_table("3.wav,1,", "3,5.wav,1,"), {}, r"line 5: 5 cells, .* that holds ','"),
+        (break_table("3.wav,1,", '"3.wav,1,'), {}, "line 5: unexpected end of data"),
         (break_table("3.wav,1,high", "3.wav,1,"), {}, "line 5: label is empty"),
         (break_table("3.wav,1,", ",1,"), {}, "line 5: filename is empty"),
         (
