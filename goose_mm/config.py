@@ -145,6 +145,7 @@ class ClipData:
     mixup: float = 0.5  # probability that a clip is mixed with another
     augment: float = 1.0  # strength of every other augmentation; 0: none
     label_smoothing: float = 0.0
+    skip_bad: bool = False  # train without the clips that cannot be read, instead of not at all
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,49 +1,61 @@
-"""From a file or an array to a mono waveform at the model's sample rate. No torch in here.
+"""From a recording to a mono waveform at the model's sample rate. No torch in here.
 
-libsndfile (through soundfile) reads WAV, FLAC, OGG, Opus, MP3, AIFF and more; everything else
-(m4a, mp4, webm, ...) goes through an `ffmpeg` binary if there is one. Files are read, mixed to
-mono (the mean of the channels) and resampled (soxr HQ) in blocks, so a file of any length needs
-the memory of one block. Values above 1.0 are kept: they are legal in float recordings.
+Whatever the recording comes in, it is mixed to mono, checked and resampled (soxr HQ) in blocks, so
+that one of any length needs the memory of one block. Mono is the mean of the channels. Where
+these cancel each other, as in stereo with one channel inverted, it is the louder channel.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-BLOCK = 1 << 16  # samples per channel that are held at a time
+from goose_mm.audio.formats import BLOCK, decoded, name_of, opened, unit
+
 RATES = (1000, 768_000)  # Hz; outside of this a header is corrupt rather than exotic
-LOUDEST = 1e9  # full scale is 1.0; beyond this the power spectrum would overflow
+LOUDEST = 16.0  # times full scale: 24 dB above it are legal in float recordings
+INTEGERS = (2**15, 2**23, 2**31)  # full scales of integers that end up in float recordings
+CANCELLED = 0.2  # power of the mix, relative to that of unrelated channels: correlation -0.8
 MAX_CHANNELS = 64
 
-Blocks = Iterator[np.ndarray]  # [samples, channels] float32
+Blocks = Iterator[np.ndarray]  # [samples] or [samples, channels] float32
+
+log = logging.getLogger(__name__)
 
 
-def load_audio(path: str | os.PathLike, sample_rate: int) -> Float[np.ndarray, " samples"]:
-    """The whole file as mono float32 at `sample_rate`; at least one sample.
+def load_audio(source: Any, sample_rate: int, name: str = "") -> Float[np.ndarray, " samples"]:
+    """A whole recording as mono float32 at `sample_rate`; at least one sample.
 
-    Raises FileNotFoundError, or ValueError for anything that is not usable sound: a folder, an
-    empty or undecodable file, no samples, NaN or infinite samples, an impossible sample rate.
+    `source` is a path, the bytes of a file, or an open binary file, which is read from its
+    beginning; messages call it `name`, by default its path. Of a damaged file what can be decoded
+    is used, and a warning is logged. Raises FileNotFoundError, or ValueError for anything that is
+    not usable sound: a folder, an empty or undecodable file, no samples, an impossible sample
+    rate, samples that are NaN, infinite or far beyond full scale.
     """
-    return np.concatenate(list(read_blocks(path, sample_rate)))
+    return np.concatenate(list(read_blocks(source, sample_rate, name)))
 
 
-def read_blocks(path: str | os.PathLike, sample_rate: int) -> Iterator[Float[np.ndarray, " block"]]:
+def read_blocks(
+    source: Any, sample_rate: int, name: str = ""
+) -> Iterator[Float[np.ndarray, " block"]]:
     """`load_audio` piece by piece, in constant memory; raises the same errors."""
-    name = _checked(path)
-    with _decoded(path) as (rate_in, blocks):
-        _check_rate(rate_in, name)
-        mono = (block.mean(axis=1, dtype=np.float32) for block in blocks)
-        yield from _resampled(_finite(mono, name), rate_in, sample_rate, name)
+    name = name or name_of(source)
+    with opened(source, name) as file:
+        found = decoded(file, name)
+        empty = True
+        for (rate, _), stretch in groupby(found, key=lambda piece: (piece[0], piece[1].shape[1])):
+            _check_rate(rate, name)
+            yield from _mono_at(sample_rate, (block for _, block in stretch), rate, name)
+            empty = False
+        if empty:
+            raise ValueError(f"{name} holds no samples")
 
 
 def as_waveform(
@@ -66,39 +78,57 @@ def as_waveform(
         raise ValueError(f"{name} has shape {x.shape}: give [samples] or [channels, samples]")
     if x.size == 0:
         raise ValueError(f"{name} has no samples (shape {x.shape})")
-    x = _as_float(x, name)
-    if x.ndim == 2:
-        channels = min(x.shape)
-        if channels > MAX_CHANNELS:
-            raise ValueError(f"{name} has shape {x.shape}: no axis looks like channels")
-        x = x.mean(axis=0 if x.shape[0] == channels else 1, dtype=np.float32)
+    if x.dtype.kind != "f" and x.dtype not in (np.uint8, np.int16, np.int32):
+        raise ValueError(f"{name} has dtype {x.dtype}: give float (full scale 1.0), int16 or int32")
+    x = x[:, None] if x.ndim == 1 else x if x.shape[0] > x.shape[1] else x.T
+    if x.shape[1] > MAX_CHANNELS:
+        raise ValueError(f"{name} has shape {np.shape(array)}: no axis looks like channels")
     _check_rate(sample_rate_in, name)
-    return np.concatenate(
-        list(_resampled(_finite(iter([x]), name), sample_rate_in, sample_rate, name))
-    )
+    blocks = (unit(x[start : start + BLOCK]) for start in range(0, len(x), BLOCK))
+    return np.concatenate(list(_mono_at(sample_rate, blocks, sample_rate_in, name)))
 
 
-def _as_float(x: np.ndarray, name: str) -> np.ndarray:
-    if x.dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            return x.astype(np.float32)
-    if x.dtype == np.uint8:
-        return (x.astype(np.float32) - 128) / 128
-    if x.dtype in (np.int16, np.int32):
-        return x.astype(np.float32) / -float(np.iinfo(x.dtype).min)
-    raise ValueError(f"{name} has dtype {x.dtype}: give float (full scale 1.0), int16 or int32")
+def read_clip(
+    clip: Any, sample_rate_in: int | float, sample_rate: int
+) -> Iterator[Float[np.ndarray, " block"]]:
+    """Sound in any form people have it in, as mono blocks at `sample_rate`.
+
+    `clip` is what `load_audio` takes, samples as `as_waveform` takes them at `sample_rate_in`,
+    or an example of Hugging Face datasets: {"array", "sampling_rate"}, {"bytes", "path"}, or an
+    AudioDecoder.
+    """
+    if hasattr(clip, "get_all_samples"):
+        samples = clip.get_all_samples()
+        clip = {"array": samples.data, "sampling_rate": samples.sample_rate}
+    match clip:
+        case {"array": array, "sampling_rate": rate}:
+            yield as_waveform(array, rate, sample_rate, clip_name(clip))
+        case {"bytes": bytes(source)} | {"path": str(source)}:
+            yield from read_blocks(source, sample_rate, clip_name(clip))
+        case dict():
+            raise ValueError(
+                f"a clip with the keys {', '.join(map(str, clip))}: give 'array' and "
+                "'sampling_rate', or 'bytes', or 'path'"
+            )
+        case str() | os.PathLike() | bytes() | bytearray() | memoryview():
+            yield from read_blocks(clip, sample_rate)
+        case _ if hasattr(clip, "read"):
+            yield from read_blocks(clip, sample_rate)
+        case _:
+            yield as_waveform(clip, sample_rate_in, sample_rate)
 
 
-def _checked(path: str | os.PathLike) -> str:
-    name = os.fspath(path)
-    file = Path(path)
-    if not file.exists():
-        raise FileNotFoundError(f"{name}: no such file")
-    if file.is_dir():
-        raise ValueError(f"{name} is a folder: give an audio file")
-    if file.is_file() and file.stat().st_size == 0:
-        raise ValueError(f"{name} is empty (0 bytes)")
-    return name
+def clip_name(clip: Any) -> str:
+    """What messages call a clip of `read_clip`."""
+    if isinstance(clip, dict):
+        return str(clip.get("path") or "the recording")
+    return name_of(clip)
+
+
+def peak_level(waveform: Float[np.ndarray, " samples"]) -> float:
+    """The loudest sample in dB relative to full scale; -inf for digital silence."""
+    peak = float(np.abs(waveform).max(initial=0.0))
+    return 20 * math.log10(peak) if peak else -math.inf
 
 
 def _check_rate(rate: int | float, name: str) -> None:
@@ -106,97 +136,59 @@ def _check_rate(rate: int | float, name: str) -> None:
         raise ValueError(f"{name}: sample rate {rate} Hz is outside {RATES[0]}..{RATES[1]} Hz")
 
 
-def _finite(blocks: Blocks, name: str) -> Blocks:
+def _mono_at(rate: int, blocks: Blocks, rate_in: int | float, name: str) -> Blocks:
+    return _resampled(_in_range(_mono(blocks, name), name), rate_in, rate)
+
+
+def _mono(blocks: Blocks, name: str) -> Blocks:
+    """The mean of the channels, or the channel that was louder when they first cancelled."""
+    louder = None
+    for block in blocks:
+        mix = block.mean(axis=1, dtype=np.float32)
+        channels = block.shape[1]
+        with np.errstate(over="ignore", invalid="ignore"):  # _in_range will tell
+            power = np.einsum("sc,sc->c", block, block)
+            cancelled = np.vdot(mix, mix) < CANCELLED * power.sum() / channels**2
+        if cancelled and louder is None:
+            louder = int(power.argmax())
+            log.warning(
+                "%s: its channels cancel each other (opposite phase); channel %d of %d is used",
+                name, louder + 1, channels,
+            )  # fmt: skip
+        yield block[:, louder] if cancelled else mix
+
+
+def _in_range(blocks: Blocks, name: str) -> Blocks:
     """Passes blocks on; once a sample is bad it counts on to the end, then raises."""
     bad = total = 0
+    peak = 0.0
     for block in blocks:
         total += len(block)
-        bad += int(np.count_nonzero(~(np.abs(block) <= LOUDEST)))
+        size = np.abs(block)
+        if not size.max(initial=0.0) <= LOUDEST:
+            bad += int(np.count_nonzero(~(size <= LOUDEST)))
+            peak = max(peak, float(size.max(initial=0.0, where=np.isfinite(size))))
         if not bad:
             yield block
     if bad:
+        scale = next((full for full in INTEGERS if LOUDEST < peak <= full), None)
         raise ValueError(
-            f"{name}: {bad} of {total} samples are NaN, infinite or beyond {LOUDEST:.0e} "
-            "(full scale is 1.0); repair or re-export the recording"
+            f"{name}: {bad} of {total} samples are NaN, infinite or beyond {LOUDEST:g} times full "
+            f"scale, which is 1.0 (loudest: {peak:.6g}); "
+            + (f"divide them by {scale}" if scale else "repair or re-export the recording")
         )
 
 
-def _resampled(mono: Blocks, rate_in: int | float, rate: int, name: str) -> Blocks:
+def _resampled(mono: Blocks, rate_in: int | float, rate: int) -> Blocks:
     import soxr
 
     stream = soxr.ResampleStream(rate_in, rate, 1, dtype="float32", quality="HQ")
-    last, produced = None, 0
+    last, produced = np.zeros(0, np.float32), 0
     for last in mono:
         out = last if rate_in == rate else stream.resample_chunk(last)
         produced += len(out)
         yield out
-    if last is None:
-        raise ValueError(f"{name} holds no samples")
     if rate_in != rate:
         out = stream.resample_chunk(last[:0], last=True)
         # A few samples at a high rate last less than one at a low rate: keep one of them.
         yield out if len(out) or produced else last[-1:]
-
-
-@contextmanager
-def _decoded(path: str | os.PathLike) -> Iterator[tuple[int, Blocks]]:
-    """(sample rate, blocks of [samples, channels]) of a file, by libsndfile or ffmpeg."""
-    import soundfile
-
-    name = os.fspath(path)
-    try:
-        file = soundfile.SoundFile(Path(path))
-    except soundfile.LibsndfileError as error:
-        reason = error.error_string.strip().rstrip(".")
-    else:
-        with file:
-            try:
-                yield (
-                    file.samplerate,
-                    file.blocks(blocksize=BLOCK, dtype="float32", always_2d=True),
-                )
-            except soundfile.LibsndfileError as error:
-                reason = error.error_string.strip().rstrip(".")
-                raise ValueError(f"{name}: damaged audio: {reason}") from None
-        return
-    if shutil.which("ffmpeg") is None:
-        raise ValueError(
-            f"{name}: cannot decode ({reason}); WAV, FLAC, OGG, Opus, MP3, AIFF and CAF are read "
-            "directly, other formats need the `ffmpeg` program on PATH"
-        )
-    with _ffmpeg(path) as decoded:
-        yield decoded
-
-
-@contextmanager
-def _ffmpeg(path: str | os.PathLike) -> Iterator[tuple[int, Blocks]]:
-    """ffmpeg writing Sun AU to a pipe: its fixed header tells rate and channels (big-endian)."""
-    name = os.fspath(path)
-    source = f"file:{Path(path).absolute()}"
-    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", source, "-vn"]
-    command += ["-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
-    with (
-        tempfile.TemporaryFile() as messages,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            header = process.stdout.read(24)
-            if len(header) < 24:
-                process.wait()
-                messages.seek(0)
-                lines = messages.read().decode(errors="replace").strip().splitlines()
-                reason = lines[-1] if lines else "no audio"
-                raise ValueError(f"{name}: not audio that ffmpeg can decode ({reason})")
-            _, offset, _, _, rate, channels = np.frombuffer(header, ">u4").tolist()
-            process.stdout.read(offset - 24)
-            yield rate, _pcm_blocks(process.stdout, channels)
-        finally:
-            process.kill()
-
-
-def _pcm_blocks(pipe: IO[bytes], channels: int) -> Blocks:
-    frame = 4 * channels
-    while data := pipe.read(BLOCK * frame):
-        whole = len(data) // frame * frame
-        yield np.frombuffer(data[:whole], ">f4").astype(np.float32).reshape(-1, channels)

@@ -31,8 +31,8 @@ class KaldiFbank(nn.Module):
     def __init__(self, config: AudioConfig):
         super().__init__()
         self.config = config
-        self.window = round(config.frame_length_ms * config.sample_rate / 1000)
-        self.hop = round(config.frame_shift_ms * config.sample_rate / 1000)
+        self.window = _samples(config.frame_length_ms, config.sample_rate)
+        self.hop = _samples(config.frame_shift_ms, config.sample_rate)
         _constants(config, torch.device("cpu"))  # says now what is wrong with the configuration
 
     @property
@@ -98,7 +98,7 @@ class StreamingFbank:
 def _constants(config: AudioConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Hann window [W] and mel filters [fft / 2, M]; no buffers, so `model.half()` spares them."""
     rate, bins = config.sample_rate, config.num_mel_bins
-    length = round(config.frame_length_ms * rate / 1000)
+    length = _samples(config.frame_length_ms, rate)
     fft = 1 << (length - 1).bit_length()
     low, high = config.low_freq, config.high_freq or rate / 2
     if not 0 <= low < high <= rate / 2:
@@ -119,6 +119,10 @@ def _constants(config: AudioConfig, device: torch.device) -> tuple[Tensor, Tenso
         )
     window = torch.hann_window(length, periodic=False, **exact)
     return window.float().to(device), filters.float().to(device)
+
+
+def _samples(milliseconds: float, rate: int) -> int:
+    return int(rate * 0.001 * milliseconds)  # Kaldi cuts a part of a sample off
 
 
 def _mel(hertz: float) -> float:

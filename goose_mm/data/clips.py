@@ -7,6 +7,9 @@ own meta/esc50.csv is read as well. All clips are decoded once into memory.
 from __future__ import annotations
 
 import csv
+import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,12 +33,14 @@ ESC50_NAMES = {  # category in meta/esc50.csv: label of ESC-10
     "dog": "dog_bark",
     "sneezing": "person_sneeze",
 }
-
+NAMED = 20  # bad clips in one report
 
 WHERE = (
     "give a folder with meta.csv (filename, fold, label), or a checkout of ESC-50 by Karol J. "
     "Piczak (repository karolpiczak/ESC-50 on GitHub), which contains ESC-10"
 )
+
+log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -62,7 +67,8 @@ class Clips:
     def __init__(self, config: ClipData, audio: AudioConfig, batch_size: int, seed: int) -> None:
         self.config, self.rate = config, audio.sample_rate
         self.batch_size, self.seed = batch_size, seed
-        rows = read_rows(Path(config.path) if config.path else None, audio.labels)
+        folder = Path(config.path) if config.path else None
+        rows = read_rows(folder, audio.labels, must_exist=False)
         self.labels = audio.labels or tuple(sorted({row.label for row in rows}))
         if unknown := {row.label for row in rows} - set(self.labels):
             raise ValueError(
@@ -71,11 +77,14 @@ class Clips:
         folds = sorted({row.fold for row in rows})
         if config.test_fold and config.test_fold not in folds:
             raise ValueError(f"data.test_fold={config.test_fold} is not one of the folds {folds}")
+        self.waveforms = load_clips(rows, self.rate, config.skip_bad)
+        rows = [row for row in rows if row.file in self.waveforms]
         self.training = [row for row in rows if row.fold != config.test_fold]
         self.held_out = [row for row in rows if row.fold == config.test_fold]
         if not self.training:
             raise ValueError(f"{config.path}: every clip is in test fold {config.test_fold}")
-        self.waveforms = {row.file: load_audio(row.file, self.rate) for row in rows}
+        if config.test_fold and not self.held_out:
+            raise ValueError(f"{config.path}: no clip of test fold {config.test_fold} is left")
         self._takes: dict[tuple[int, float], Take] = {}
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -146,17 +155,39 @@ class Clips:
         return clip[start : start + size]
 
 
-def read_rows(folder: Path | None, labels: tuple[str, ...]) -> list[Row]:
+def load_clips(rows: list[Row], sample_rate: int, skip_bad: bool) -> dict[Path, np.ndarray]:
+    """The waveform of every clip. ValueError that names all bad ones, unless they are skipped."""
+    waveforms, bad, hint = {}, [], ""
+    for row in rows:
+        try:
+            waveforms[row.file] = load_audio(row.file, sample_rate)
+        except (ValueError, OSError) as error:
+            bad.append(str(error))
+            hint = f"; {WHERE}" if isinstance(error, FileNotFoundError) else hint
+    if bad and not skip_bad:
+        more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        raise ValueError(
+            f"{len(bad)} of {len(rows)} clips cannot be used: {'; '.join(bad[:NAMED])}{more}; mend "
+            f"them, or leave them out with --data.skip-bad{hint}"
+        )
+    for reason in bad:
+        log.warning("left out: %s", reason)
+    if not waveforms:
+        raise ValueError(f"none of {len(rows)} clips can be used, such as {rows[0].file}")
+    return waveforms
+
+
+def read_rows(folder: Path | None, labels: tuple[str, ...], must_exist: bool = True) -> list[Row]:
     """The clips that a folder lists; of ESC-50, those that carry one of `labels`.
 
     Raises ValueError when there is no list or it cannot be used, FileNotFoundError when clips
-    that it names are absent.
+    that it names are absent though they `must_exist`.
     """
     if folder is None or not folder.is_dir():
         raise ValueError(f"no folder of clips at {str(folder or 'data.path')!r}: {WHERE}")
     if (folder / "meta.csv").is_file():
         table = folder / "meta.csv"
-        rows = list(_read(table, folder, "label"))
+        rows = _read(table, folder, "label")
     elif (folder / "meta" / "esc50.csv").is_file():
         table = folder / "meta" / "esc50.csv"
         found = _read(table, folder / "audio", "category")
@@ -166,7 +197,8 @@ def read_rows(folder: Path | None, labels: tuple[str, ...]) -> list[Row]:
         raise ValueError(f"{folder} has neither meta.csv nor meta/esc50.csv: {WHERE}")
     if not rows:
         raise ValueError(f"{table} lists no clips with the labels of the model")
-    if missing := [row.file for row in rows if not row.file.is_file()]:
+    missing = [row.file for row in rows if must_exist and not row.file.is_file()]
+    if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(rows)} clips in {table} are missing, such as {missing[0]}: "
             f"{WHERE}"
@@ -174,17 +206,60 @@ def read_rows(folder: Path | None, labels: tuple[str, ...]) -> list[Row]:
     return rows
 
 
-def _read(table: Path, folder: Path, label: str) -> Iterator[Row]:
-    with table.open(newline="", encoding="utf-8") as file:
-        lines = csv.DictReader(file)
-        if lacking := {"filename", "fold", label} - set(lines.fieldnames or ()):
-            raise ValueError(f"{table} lacks the columns {', '.join(sorted(lacking))}")
-        for line in lines:
-            if not (line["fold"] or "").isdecimal() or line["fold"] == "0":
-                raise ValueError(
-                    f"{table}, line {lines.line_num}: fold must be 1 or more, got {line['fold']!r}"
-                )
-            yield Row(folder / line["filename"], int(line["fold"]), line[label])
+def _read(table: Path, folder: Path, label: str) -> list[Row]:
+    """The rows of a table, each clip once. ValueError names the line that cannot be used."""
+    columns = ("filename", "fold", label)
+    rows: dict[str, tuple[int, Row]] = {}
+    for line, cells in _cells(table, columns):
+        name, fold, called = (cells[column] for column in columns)
+        if not fold.isdecimal() or not int(fold):
+            raise ValueError(f"{table}, line {line}: fold must be 1 or more, got {fold!r}")
+        if not name or not called:
+            raise ValueError(f"{table}, line {line}: {label if name else 'filename'} is empty")
+        row = Row(folder / name, int(fold), called)
+        before, same = rows.setdefault(os.path.normpath(row.file), (line, row))
+        if same[1:] != row[1:]:
+            raise ValueError(
+                f"{table}: {name} stands in line {before} (fold {same.fold}, {same.label}) and in "
+                f"line {line} (fold {fold}, {called}); a clip has one fold and one label"
+            )
+    return [row for _, row in rows.values()]
+
+
+def _cells(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, cell by column) of a table whose cells , or ; or tabs separate."""
+    data = table.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{table}, line {line}: this is not UTF-8 text; save it as such") from None
+    lines = re.split("\r\n|\r|\n", text)
+    heading = next((line for line in lines if line.strip()), "")
+    separator = max(",;\t", key=heading.count)
+    header: list[str] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = next(csv.reader([line], delimiter=separator, strict=True), [])
+        except csv.Error as error:
+            raise ValueError(f"{table}, line {number}: {error}") from None
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
+            continue
+        if not header:
+            header = [cell.casefold() for cell in cells]
+            if lacking := set(columns) - set(header):
+                raise ValueError(f"{table} lacks the columns {', '.join(sorted(lacking))}")
+            continue
+        found = dict(zip(header, cells, strict=False))
+        if not found.keys() >= set(columns) or any(cells[len(header) :]):
+            raise ValueError(
+                f"{table}, line {number}: {len(cells)} cells, but the heading has {len(header)}; "
+                f"put quotes around a cell that holds {separator!r}"
+            )
+        yield number, found
+    if not header:
+        raise ValueError(f"{table} is empty")
 
 
 def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:

@@ -197,10 +197,11 @@ def resume(
 def _settled(recipe: Recipe) -> tuple[Any, ...]:
     """What must not change between a run and its continuation: all but where and how long."""
     train = {k: v for k, v in vars(recipe.train).items() if k not in _MAY_CHANGE}
-    return recipe.backbone, {k: v for k, v in vars(recipe.data).items() if k != "workers"}, train
+    data = {k: v for k, v in vars(recipe.data).items() if k not in _MAY_CHANGE}
+    return recipe.backbone, data, train
 
 
-_MAY_CHANGE = {"eval_every", "save_every", "max_minutes", "compile"}
+_MAY_CHANGE = {"eval_every", "save_every", "max_minutes", "compile", "workers", "skip_bad"}
 
 
 @contextmanager

@@ -28,6 +28,8 @@ def sound(samples: int, seed: int = 0) -> torch.Tensor:
         AudioConfig(**RAW, num_mel_bins=40, low_freq=100.0, high_freq=7000.0),
         AudioConfig(**RAW, sample_rate=32000, num_mel_bins=128, low_freq=50.0, high_freq=14000.0),
         AudioConfig(**RAW, sample_rate=8000, num_mel_bins=23, frame_shift_ms=12.5),
+        AudioConfig(**RAW, sample_rate=11025, num_mel_bins=40),  # 275.625 and 110.25 samples
+        AudioConfig(**RAW, sample_rate=22050, frame_length_ms=32.0),  # 705.6 and 220.5
     ],
 )
 @pytest.mark.parametrize("samples", [999, 16001])
@@ -51,16 +53,19 @@ def test_equals_torchaudio(config, samples):
     assert (got - want).abs().max() < 1e-3
 
 
-def test_equals_kaldi_native():
+@pytest.mark.parametrize("rate", [16000, 11025, 22050])
+def test_equals_kaldi_native(rate):
     x = sound(8000) + 0.01 * sound(8000, seed=1)
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.dither, options.frame_opts.window_type = 0.0, "hanning"
+    options.frame_opts.samp_freq = rate
     options.mel_opts.num_bins = 64
     oracle = kaldi_native_fbank.OnlineFbank(options)
-    oracle.accept_waveform(16000, x.tolist())
+    oracle.accept_waveform(rate, x.tolist())
     want = np.stack([oracle.get_frame(i) for i in range(oracle.num_frames_ready)])
-    got = KaldiFbank(AudioConfig(**RAW))(x[None])[0].numpy()
-    assert np.abs(got - want).max() < 5e-3
+    config = AudioConfig(**RAW, sample_rate=rate)
+    got = KaldiFbank(config)(x[None])[0].numpy()
+    assert got.shape == want.shape and np.abs(got - want).max() < 5e-3
 
 
 @pytest.mark.parametrize("sizes", [[1], [7], [160], [400], [3999], [1, 5000, 2, 399, 401]])

@@ -1,5 +1,7 @@
 """AudioRWKV-7: batched = single, windows = whole, and tags that people can use."""
 
+import re
+
 import numpy as np
 import pytest
 import soundfile
@@ -153,6 +155,15 @@ def test_half_precision_tags():
     net, x = tagger(), noise(8000)
     want = net.probabilities([x])
     torch.testing.assert_close(net.bfloat16().probabilities([x]), want, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("peak", "said"), [(0.0, "is silent"), (1e-4, r"is next to silent \(peak -80 dB\)"), (2e-3, "")]
+)
+def test_near_silence_is_remarked(caplog, peak, said):
+    tagger().tag(peak * torch.sin(torch.arange(80_000)))
+    assert len(caplog.messages) == bool(said)
+    assert re.search(said, caplog.text)
 
 
 def test_overfits_two_clips():

@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 
 from goose_mm.audio import AudioRWKV7
 from goose_mm.config import AudioConfig, AudioModel, BackboneConfig, ClipData
-from goose_mm.data.clips import Clips, mean_average_precision
+from goose_mm.data.clips import Clips, mean_average_precision, read_rows
 
 RATE = 16000
 FREQUENCY = {"low": 300.0, "high": 3000.0}
@@ -114,7 +114,29 @@ def break_table(old, new):
         (break_table("0.wav,1,", "0.wav,one,"), {}, "line 2: fold must be 1 or more, got 'one'"),
         (lambda folder: (folder / "meta.csv").unlink(), {}, "neither meta.csv nor"),
         (lambda folder: (folder / "5.wav").unlink(), {}, "1 of 12 clips.*karolpiczak/ESC-50"),
-        (lambda folder: (folder / "5.wav").write_text(""), {}, r"5\.wav is empty"),
+        (
+            lambda folder: (folder / "5.wav").write_text(""),
+            {},
+            r"5\.wav is empty.*--data\.skip-bad",
+        ),
+        (break_table("3.wav,1,high,me", "3.wav,1"), {}, r"line 5: 2 cells, but the heading has 4"),
+        (break_table("3.wav,1,", "3,5.wav,1,"), {}, r"line 5: 5 cells, .* that holds ','"),
+        (break_table("3.wav,1,", '"3.wav,1,'), {}, "line 5: unexpected end of data"),
+        (break_table("3.wav,1,high", "3.wav,1,"), {}, "line 5: label is empty"),
+        (break_table("3.wav,1,", ",1,"), {}, "line 5: filename is empty"),
+        (
+            break_table("3.wav,1,", "0.wav,2,"),
+            {},
+            r"0.wav stands in line 2 \(fold 1, low\) and in "
+            r"line 5 \(fold 2, high\)",
+        ),
+        (break_table("3.wav,1,high", "x/../0.wav,1,high"), {}, "0.wav stands in line 2 .* line 5"),
+        (
+            lambda folder: (folder / "meta.csv").write_bytes(b"filename,fold,label\n\xe9.wav,1,a"),
+            {},
+            "line 2: this is not UTF-8",
+        ),
+        (lambda folder: (folder / "meta.csv").write_text("\n\n"), {}, "meta.csv is empty"),
         (lambda folder: None, {"test_fold": 9}, r"test_fold=9 is not one of the folds \[1, 2, 3\]"),
         (lambda folder: (folder / "meta.csv").write_text("filename,fold,label\n"), {}, "no clips"),
     ],
@@ -130,3 +152,36 @@ def test_missing_folder_and_unknown_label(folder):
         Clips(ClipData(), AudioConfig(), 2, seed=0)
     with pytest.raises(ValueError, match=r"labels high are not among audio\.labels"):
         Clips(ClipData(path=str(folder)), AudioConfig(labels=("low",)), 2, seed=0)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_tables_as_programs_write_them(folder, separator):
+    table = folder / "meta.csv"
+    want = read_rows(folder, ())
+    lines = [line.replace(",", f" {separator}") for line in table.read_text().splitlines()]
+    lines[0] = lines[0].title()
+    lines[3:3] = ["", separator * 3, "   "]
+    lines[7] += separator * 2
+    table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert read_rows(folder, ()) == want
+
+
+def test_a_row_that_comes_twice_counts_once(folder):
+    want = read_rows(folder, ())
+    with (folder / "meta.csv").open("a") as table:
+        table.write("./0.wav,1,low,me\n0.wav,1,low,me\n")
+    assert read_rows(folder, ()) == want
+
+
+def test_all_bad_clips_are_told_at_once_or_left_out(folder, caplog):
+    (folder / "2.wav").unlink()
+    (folder / "5.wav").write_text("no sound")
+    with pytest.raises(ValueError, match=r"2 of 12 clips .*2\.wav: no such file; .*5\.wav: cannot"):
+        clips(folder)
+    data = clips(folder, skip_bad=True, test_fold=1)
+    assert (len(data.training), len(data.held_out)) == (6, 4)
+    assert len(caplog.messages) == 2 and all("left out: " in said for said in caplog.messages)
+    for index in range(12):
+        (folder / f"{index}.wav").write_text("no sound")
+    with pytest.raises(ValueError, match="none of 12 clips can be used"):
+        clips(folder, skip_bad=True)
