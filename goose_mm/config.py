@@ -306,7 +306,12 @@ def load_model_config(path: Path) -> ModelConfig:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    return _by_kind(MODELS, values, str(path))
+    return model_config(values, str(path))
+
+
+def model_config(values: Any, source: str) -> ModelConfig:
+    """The configuration that config.json holds; `source` is named in errors."""
+    return _by_kind(MODELS, values, source)
 
 
 def load_recipe(name_or_path: str) -> Recipe:

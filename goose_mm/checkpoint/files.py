@@ -1,9 +1,4 @@
-"""Weights on disk: read safely, written whole or not at all, converted both ways.
-
-A model of ours is a folder with config.json and model.safetensors. Official RWKV-7 `.pth` files
-and Hugging Face folders (flash-linear-attention) are read and written through their names and
-shapes, which live in `checkpoint_names`.
-"""
+"""Files of tensors and settings: read safely, written whole or not at all, whatever they mean."""
 
 from __future__ import annotations
 
@@ -16,51 +11,17 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from goose_mm.checkpoint.rwkv7 import (
-    Layout,
-    Tensors,
-    detect,
-    fit,
-    fla_config,
-    from_goose,
-    to_goose,
-)
-from goose_mm.config import (
-    BackboneConfig,
-    ModelConfig,
-    TextConfig,
-    TextModel,
-    from_dict,
-    load_model_config,
-    to_dict,
-)
-
-__all__ = [
-    "convert",
-    "detect",
-    "digest",
-    "fla_config",
-    "from_goose",
-    "is_ours",
-    "load_model_files",
-    "read_model",
-    "read_tensors",
-    "save_model",
-    "to_goose",
-]
+Tensors = dict[str, Tensor]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "20B_tokenizer.json")
-SHELL = "goose_rwkv7"  # the model_type of folders that goose_mm.hf saves
 SHARD = re.compile(r"[\w-]+\.safetensors")
 PICKLES = (".pth", ".pt", ".bin")
 
@@ -103,7 +64,7 @@ def _read_folder(folder: Path) -> Tensors:
     index = folder / INDEX
     if not index.is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; it is not a model folder")
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     names = list(shards.values()) if isinstance(shards, dict) else []
     if not names or not all(isinstance(n, str) and SHARD.fullmatch(n) for n in names):
         raise ValueError(f"{index} does not list files of this folder; download it again")
@@ -149,13 +110,13 @@ def _read_pickle(path: Path) -> Tensors:
     return dict(found)
 
 
-def is_ours(folder: str | os.PathLike[str]) -> bool:
-    """Whether config.json of a folder is ours; a Hugging Face one names a `model_type`."""
-    path = Path(folder) / CONFIG
-    return path.is_file() and "model_type" not in _read_json(path)
+def read_settings(path: Path) -> dict[str, Any]:
+    """config.json of a model folder; empty where there is none, as beside a single file."""
+    config = path / CONFIG
+    return read_json(config) if config.is_file() else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -165,104 +126,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def save_model(
-    folder: str | os.PathLike[str],
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    extra_files: Iterable[str | os.PathLike[str]] = (),
-) -> None:
-    """Write model.safetensors, copies of `extra_files`, and config.json last, each atomically.
-
-    OSError when it cannot be written; then the files that were there are as they were.
-    """
-    _write_folder(Path(folder), to_dict(config), tensors, extra_files)
-
-
-def load_model_files(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
-    """Read what `save_model` wrote; the tensors of a text model are checked against config.json.
-
-    FileNotFoundError or ValueError, in one line, when a file is missing or broken.
-    """
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}; it is not a model folder")
-    config, tensors = load_model_config(folder / CONFIG), read_tensors(folder / WEIGHTS)
-    if isinstance(config, TextModel):
-        try:
-            tensors = fit(config, tensors)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-    return config, tensors
-
-
-def read_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
-    """Configuration and tensors, in our layout, of any model we read.
-
-    A folder of ours (text, vision or audio), an official `.pth`, a fla folder or file, or a folder
-    that `goose_mm.hf` saved.
-    """
-    path = Path(path)
-    if is_ours(path):
-        return load_model_files(path)
-    values = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    tensors = read_tensors(path)
-    try:
-        return (
-            _from_shell(values, tensors) if values.get("model_type") == SHELL else to_goose(tensors)
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _from_shell(values: Mapping[str, Any], tensors: Tensors) -> tuple[ModelConfig, Tensors]:
-    """Our names behind `lm.`, and our fields among those of transformers."""
-
-    def part(cls: type) -> dict[str, Any]:
-        return {f.name: values[f.name] for f in fields(cls) if f.name in values}
-
-    config = from_dict(TextModel, {"backbone": part(BackboneConfig), "text": part(TextConfig)})
-    ours = {name.removeprefix("lm."): tensor for name, tensor in tensors.items()}
-    if values.get("tie_word_embeddings") and "emb.weight" in ours:
-        ours.setdefault("head.weight", ours["emb.weight"])
-    return config, fit(config, ours)
-
-
-def convert(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
-    to: Layout | None = None,
-    *,
-    force: bool = False,
-) -> Layout:
-    """Write the text model at `src` again at `dst` in another layout, and return that layout.
-
-    `to` is "rwkv" (one `.pth`), "goose" or "fla" (folders); by default what the name of `dst`
-    suggests: `.pth` or a folder of ours. FileExistsError when `dst` exists, unless `force`.
-    """
-    dst = Path(dst)
-    layout: Layout = to or ("rwkv" if dst.suffix == ".pth" else "goose")
-    if layout == "rwkv" and dst.suffix != ".pth":
-        raise ValueError(f"layout 'rwkv' is one file that ends in .pth, not {dst}")
-    if layout != "rwkv" and dst.suffix in (*PICKLES, ".safetensors"):
-        raise ValueError(f"layout {layout!r} is a folder, {dst} looks like a file")
-    if dst.exists() and not force:
-        raise FileExistsError(f"{dst} exists; choose another name, or overwrite it with --force")
-    config, tensors = read_model(src)
-    if not isinstance(config, TextModel):
-        raise ValueError(f"{src} is of kind {config.model!r}; only text models are converted")
-    tensors = from_goose(config, tensors, layout)
-    if layout == "rwkv":
-        _write_pickle(dst, tensors)
-        return layout
-    values = to_dict(config) if layout == "goose" else fla_config(config)
-    if layout == "fla":
-        values["torch_dtype"] = str(tensors["model.embeddings.weight"].dtype).split(".")[-1]
-    extra = [Path(src) / name for name in TOKENIZER_FILES if (Path(src) / name).is_file()]
-    _write_folder(dst, values, tensors, extra)
-    return layout
-
-
-def _write_folder(
+def write_folder(
     folder: Path,
     config: dict[str, Any],
     tensors: Mapping[str, Tensor],
@@ -287,7 +151,7 @@ def _write_folder(
         part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _whole(path) as part:
         try:
