@@ -73,7 +73,8 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Vocabulary of a language model. `bpe` reads tokenizer.json beside the weights."""
+    """Vocabulary of a language model. `bpe` reads tokenizer.json beside the weights; a model
+    without that file works on ids alone."""
 
     vocab_size: int = 65536
     tokenizer: Literal["world", "pile", "bpe"] = "world"

@@ -8,8 +8,9 @@ from goose_mm.checkpoint.convert import (
     load_model_files,
     read_model,
     to_goose,
+    tokenizer_files,
 )
-from goose_mm.checkpoint.files import digest, read_tensors
+from goose_mm.checkpoint.files import digest, is_weights, read_tensors
 from goose_mm.checkpoint.fla import fla_config
 from goose_mm.checkpoint.ours import is_ours, save_model
 
@@ -21,9 +22,11 @@ __all__ = [
     "fla_config",
     "from_goose",
     "is_ours",
+    "is_weights",
     "load_model_files",
     "read_model",
     "read_tensors",
     "save_model",
     "to_goose",
+    "tokenizer_files",
 ]

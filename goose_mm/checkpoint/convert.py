@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from goose_mm.checkpoint import fla, others, ours, rwkv7, shell
 from goose_mm.checkpoint.files import (
     CONFIG,
-    PICKLES,
+    WEIGHT_SUFFIXES,
     Tensors,
     read_settings,
     read_tensors,
@@ -30,7 +31,7 @@ from goose_mm.config import ModelConfig, TextModel
 Layout = Literal["goose", "rwkv", "fla"]
 FORMATS: dict[str, Any] = {"goose": ours, "shell": shell, "rwkv": rwkv7, "fla": fla}
 WRAPPERS = ("_forward_module", "module", "_orig_mod")  # DeepSpeed, DDP, torch.compile
-TOKENIZER_FILES = ("tokenizer.json", "20B_tokenizer.json")
+OF_TOKENIZERS = ("*token*", "*vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 def detect(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None) -> str:
@@ -78,9 +79,21 @@ def read_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
     settings = read_settings(path)
     tensors = read_tensors(path)
     try:
-        return to_goose(tensors, settings)
+        config, tensors = to_goose(tensors, settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if not settings.keys() & {"model", "tokenizer"}:  # those of goose_mm say which it is
+        config = _with_words_of(path, config)
+    return config, tensors
+
+
+def _with_words_of(folder: Path, config: TextModel) -> TextModel:
+    """A tokenizer.json is the model's own, also of one with as many rows as the World vocabulary,
+    which others call rwkv_vocab."""
+    own = (folder / "tokenizer.json").is_file() and not any(folder.glob("rwkv_vocab*"))
+    if not own or config.text.tokenizer != "world":
+        return config
+    return replace(config, text=replace(config.text, tokenizer="bpe"))
 
 
 def load_model_files(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
@@ -100,13 +113,15 @@ def convert(
     """Write the text model at `src` again at `dst` in another layout, and return that layout.
 
     `to` is "rwkv" (one `.pth`), "goose" or "fla" (folders); by default what the name of `dst`
-    suggests: `.pth` or a folder of ours. FileExistsError when `dst` exists, unless `force`.
+    suggests: `.pth` or a folder of ours. Files of a tokenizer are copied from folder to folder.
+    FileExistsError when `dst` exists, unless `force`.
     """
     dst = Path(dst)
-    layout: Layout = to or ("rwkv" if dst.suffix == ".pth" else "goose")
-    if layout == "rwkv" and dst.suffix != ".pth":
+    suffix = dst.suffix.lower()
+    layout: Layout = to or ("rwkv" if suffix == ".pth" else "goose")
+    if layout == "rwkv" and suffix != ".pth":
         raise ValueError(f"layout 'rwkv' is one file that ends in .pth, not {dst}")
-    if layout != "rwkv" and dst.suffix in (*PICKLES, ".safetensors"):
+    if layout != "rwkv" and suffix in WEIGHT_SUFFIXES:
         raise ValueError(f"layout {layout!r} is a folder, {dst} looks like a file")
     if dst.exists() and not force:
         raise FileExistsError(f"{dst} exists; choose another name, or overwrite it with --force")
@@ -117,6 +132,11 @@ def convert(
     if layout == "rwkv":
         write_pickle(dst, tensors)
         return layout
-    extra = [Path(src) / name for name in TOKENIZER_FILES if (Path(src) / name).is_file()]
-    write_folder(dst, settings, tensors, extra)
+    write_folder(dst, settings, tensors, tokenizer_files(Path(src)))
     return layout
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What stands beside the weights and has to do with words, read by us or not."""
+    found = {path for pattern in OF_TOKENIZERS for path in folder.glob(pattern)}
+    return sorted(p for p in found if p.is_file() and p.suffix.lower() not in WEIGHT_SUFFIXES)

@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from goose_mm.checkpoint.contents import is_pickle, is_safetensors, what_it_is
+
 Tensors = dict[str, Tensor]
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-SHARD = re.compile(r"[\w-]+\.safetensors")
-PICKLES = (".pth", ".pt", ".bin")
+WEIGHTS = "model.safetensors"
+WHOLE = (WEIGHTS, "pytorch_model.bin")  # what Hugging Face calls weights, the better one first
+INDEX = ".index.json"  # behind either: it says which shard holds which tensor
+SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+BESIDE = ("training_args", "optimizer", "scheduler", "rng_state", "resume")
 
 
 def digest(tensors: Mapping[str, Tensor], before: str = "") -> str:
@@ -37,41 +41,61 @@ def digest(tensors: Mapping[str, Tensor], before: str = "") -> str:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """The tensors of a `.pth`, a `.safetensors` or a folder with model.safetensors (or shards).
+    """The tensors of a `.pth`, a `.safetensors` or a folder that holds them, whole or in shards.
 
-    Pickles are read with `weights_only=True`: one that carries code is refused, never run.
-    FileNotFoundError, or ValueError in one line when the file is empty, cut short or no weights.
+    What a file is, its content decides. Pickles are read with `weights_only=True`: one that carries
+    code is refused, never run. FileNotFoundError, or ValueError in one line when a file is empty,
+    cut short or something else.
     """
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; check the path")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes); download it again")
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return _read_safetensors(path)
-    if path.suffix in PICKLES:
+    if is_pickle(path):
         return _read_pickle(path)
+    if what := what_it_is(path):
+        raise ValueError(f"{path} is no checkpoint but {what}")
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
+        raise ValueError(f"{path} is damaged; download it again")
     raise ValueError(
         f"{path} is no checkpoint we read; give a .pth, a .safetensors or a model folder"
     )
 
 
 def _read_folder(folder: Path) -> Tensors:
-    if (folder / WEIGHTS).exists():
-        return read_tensors(folder / WEIGHTS)
-    index = folder / INDEX
-    if not index.is_file():
+    for name in (f"{stem}{end}" for stem in WHOLE for end in ("", INDEX)):
+        if not (folder / name).is_file():
+            continue
+        if not name.endswith(INDEX):
+            return read_tensors(folder / name)
+        tensors: Tensors = {}
+        for shard in _shards(folder / name):
+            tensors |= read_tensors(folder / shard)
+        return tensors
+    found = sorted(p for p in folder.iterdir() if p.is_file() and is_weights(p.name))
+    if not found:
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; it is not a model folder")
-    shards = read_json(index).get("weight_map")
-    names = list(shards.values()) if isinstance(shards, dict) else []
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise ValueError(f"{folder} holds {len(found)} checkpoints ({names}); give one of them")
+    return read_tensors(found[0])
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds a model, and not what training keeps beside it."""
+    stem, suffix = os.path.splitext(name.lower())
+    return suffix in WEIGHT_SUFFIXES and not stem.startswith(BESIDE)
+
+
+def _shards(index: Path) -> list[str]:
+    listed = read_json(index).get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
     if not names or not all(isinstance(n, str) and SHARD.fullmatch(n) for n in names):
         raise ValueError(f"{index} does not list files of this folder; download it again")
-    tensors: Tensors = {}
-    for name in sorted(set(names)):
-        tensors |= read_tensors(folder / name)
-    return tensors
+    return sorted(set(names))
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -111,16 +135,32 @@ def _read_pickle(path: Path) -> Tensors:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """config.json of a model folder; empty where there is none, as beside a single file."""
+    """config.json of a model folder; empty where there is none, as beside a single file.
+
+    ValueError when it is no configuration of a model, as the error page of a server.
+    """
     config = path / CONFIG
-    return read_json(config) if config.is_file() else {}
+    if not config.is_file():
+        return {}
+    values = read_json(config)
+    if not values.keys() & {"model", "model_type"}:
+        raise ValueError(
+            f"{config} describes no model, it names neither `model` nor `model_type`; it is "
+            + what_it_is(config)
+        )
+    return values
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object a JSON file holds. ValueError that says what else the file is, if it is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        what = what_it_is(path)
+        known = what and not what.startswith("JSON")
+        raise ValueError(
+            f"{path} is not valid JSON" + (f" but {what}" if known else f": {error}")
+        ) from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object, it holds a {type(values).__name__}")
     return values

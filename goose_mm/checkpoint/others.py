@@ -17,14 +17,14 @@ ALIKE: Kinds = {  # they have the tensors of an RWKV-7 text model, or some of th
     f"a VisualRWKV-7 checkpoint; {ONLY}": (r"^rwkv\.blocks\.\d+\.att\.r_k$",),
     f"a VisualRWKV checkpoint of an older RWKV; {ONLY}": (r"^rwkv\.blocks\.\d+\.att\.",),
     f"a ModRWKV checkpoint; {ONLY}": (r"^(llm\.blocks\.\d+\.att\.|modality\.world_encoder\.)",),
-    f"an AudioRWKV checkpoint; {ONLY}": (
-        r"^blocks\.\d+\.att\.(time_shift|gate)\.",
-        r"\.att\.r_k$",
-    ),
     f"an RWKV-7a or RWKV-7b checkpoint (DeepEmbed); {ONLY}": (r"^blocks\.\d+\.(ffn\.s_emb|qkv\.)",),
     f"an RWKV-6 checkpoint; {ONLY}": (r"\.att\.time_maa",),
     f"an RWKV-5 checkpoint; {ONLY}": (r"\.att\.(time_faaaa|time_mix_g)$",),
     f"an RWKV-4 checkpoint; {ONLY}": (r"\.time_(first|decay)$",),
+    f"an AudioRWKV checkpoint; {ONLY}": (
+        r"^blocks\.\d+\.att\.(time_shift|gate)\.",
+        r"\.att\.r_k$",
+    ),
 }
 UNLIKE: Kinds = {
     "a Vision-RWKV model": (r"\.att\.spatial_(decay|first|mix)",),

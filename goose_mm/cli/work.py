@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from goose_mm.cli.flags import Call, read
-from goose_mm.cli.inputs import must_exist, open_model
+from goose_mm.cli.inputs import open_model
 from goose_mm.config import load_recipe
 
 
@@ -61,15 +61,17 @@ def convert(
     """Convert a checkpoint between our folders, official .pth files and fla/HF folders.
 
     Args:
-        src: A model folder or a checkpoint file.
+        src: A shipped name, a model folder, a checkpoint file or a hub id.
         dst: Where to write; the ending .pth means the official format.
         to: The format to write; auto goes by the name of DST.
         force: Replace what is there.
     """
-    from goose_mm import checkpoint
+    from goose_mm import checkpoint, hub
 
-    must_exist(src)
-    checkpoint.convert(src, dst, to=None if to == "auto" else to, force=force)
+    source = hub.locate(src)
+    checkpoint.convert(source, dst, to=None if to == "auto" else to, force=force)
+    if said := hub.lost_words(source, Path(dst)):
+        print(f"goose-mm: {said}", file=sys.stderr)
     print(dst)
 
 

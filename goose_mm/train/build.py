@@ -22,6 +22,7 @@ from goose_mm.config import (
     model_part,
 )
 from goose_mm.hub import build_model, load
+from goose_mm.text.generate import need_tokenizer
 from goose_mm.text.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -70,7 +71,7 @@ def _tokenizer(recipe: TextRecipe | VisionRecipe, start: Any, out: Path) -> Toke
     if (out / TOKENIZER_FILE).exists():
         return BPETokenizer.load(out / TOKENIZER_FILE)
     if start is not None:
-        return getattr(start, "lm", start).tokenizer
+        return need_tokenizer(getattr(start, "lm", start))
     if recipe.text.tokenizer != "bpe":
         return load_tokenizer(recipe.text, None)
     if not isinstance(recipe, TextRecipe):
