@@ -10,7 +10,7 @@ from goose_mm.checkpoint.convert import (
     to_goose,
     tokenizer_files,
 )
-from goose_mm.checkpoint.files import digest, is_weights, read_tensors
+from goose_mm.checkpoint.files import digest, dump, is_weights, made, read_tensors, whole
 from goose_mm.checkpoint.fla import fla_config
 from goose_mm.checkpoint.ours import is_ours, save_model
 
@@ -19,14 +19,17 @@ __all__ = [
     "convert",
     "detect",
     "digest",
+    "dump",
     "fla_config",
     "from_goose",
     "is_ours",
     "is_weights",
     "load_model_files",
+    "made",
     "read_model",
     "read_tensors",
     "save_model",
     "to_goose",
     "tokenizer_files",
+    "whole",
 ]

@@ -10,7 +10,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,36 +168,47 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_folder(
     folder: Path,
-    config: dict[str, Any],
+    settings: dict[str, Any],
     tensors: Mapping[str, Tensor],
-    extra_files: Iterable[str | os.PathLike[str]],
+    extra_files: Iterable[Path] = (),
 ) -> None:
+    """model.safetensors, copies of `extra_files` and config.json: they take their places together,
+    config.json last. OSError when there is no room; then nothing has changed."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with _whole(folder / WEIGHTS) as part:
+    with made(folder), ExitStack() as stack:
+        config = stack.enter_context(whole(folder / CONFIG))  # left last
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for extra in extra_files:
+            shutil.copyfile(extra, stack.enter_context(whole(folder / extra.name)))
+        part = stack.enter_context(whole(folder / WEIGHTS))
         part.touch()
         mode = part.stat().st_mode
         try:
             save_file(_apart(tensors), part, metadata={"format": "pt"})
             part.chmod(mode)  # safetensors makes its files private; models obey the umask
         except SafetensorError as error:
-            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from None
-    for extra in map(Path, extra_files):
-        with _whole(folder / extra.name) as part:
-            shutil.copyfile(extra, part)
-    with _whole(folder / CONFIG) as part:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            code = re.search(r"os error (\d+)", str(error))
+            told = (int(code[1]), os.strerror(int(code[1]))) if code else (str(error),)
+            raise OSError(*told) from None
 
 
 def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(path) as part:
+    """A `.pth` of names and tensors. OSError when there is no room; then nothing has changed."""
+    with made(path.parent), whole(path) as part:
+        dump(_apart(tensors), part)
+
+
+def dump(value: object, path: Path) -> None:
+    """`torch.save`, but OSError says why a disk did not take it."""
+    with path.open("wb") as file:
         try:
-            torch.save(_apart(tensors), part)
-        except RuntimeError as error:  # what torch raises when the disk is full
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+            torch.save(value, file)
+        except RuntimeError as error:  # its cleaning up, behind what the disk said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -215,11 +226,29 @@ def _apart(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A path to write to that becomes `path` on success and leaves nothing behind on failure."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a failed write does not know where it was
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """A folder that is there; on failure those that were made for it and hold nothing are not."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in absent:
+            with suppress(OSError):
+                path.rmdir()
+        raise

@@ -20,6 +20,7 @@ from pathlib import Path
 from string import ascii_letters
 from typing import TYPE_CHECKING
 
+from goose_mm.checkpoint import whole
 from goose_mm.checkpoint.contents import what_it_is
 from goose_mm.config import TextConfig
 
@@ -237,9 +238,8 @@ class _ByteLevel(Tokenizer):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, whole or not at all."""
-        part = Path(f"{os.fspath(path)}.part")
-        part.write_text(self._library.to_str(pretty=True), encoding="utf-8")
-        os.replace(part, path)
+        with whole(Path(path)) as part:
+            part.write_text(self._library.to_str(pretty=True), encoding="utf-8")
 
 
 class BPETokenizer(_ByteLevel):

@@ -40,12 +40,6 @@ SMALL = BackboneConfig(dim=32, num_layers=1, head_size=16)
 HELP = [[verb, "--help"] for verb in cli.VERBS] + [["train", r, "--help"] for r in recipe_names()]
 
 
-def goose(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    command = [sys.executable, "-m", "goose_mm", *argv]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture
 def complaint(capsys):
     """Run a command that must fail: exit code 2, nothing on stdout, one line on stderr."""
@@ -397,35 +391,3 @@ def test_chat_reads_a_pipe(models, monkeypatch, capsys):
         assert cli.main([*command, *flags]) == 0
         out, err = capsys.readouterr()
         assert out == "reply\n" * replies and err == ""
-
-
-# the process
-
-
-def test_interrupt_is_quiet(monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(hub, "open_model", interrupted)
-    assert cli.main(["chat"]) == 130
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_reader_that_leaves_is_no_error():
-    code = (
-        "import sys; from goose_mm import cli\n"
-        "cli.VERBS['doctor'] = lambda: print('x\\n' * 1_000_000)\n"
-        "sys.exit(cli.main(['doctor']))"
-    )
-    command = f'"{sys.executable}" -c "$CODE" | head -1'
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command],
-        env={**os.environ, "CODE": code}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "x\n", "")
-
-
-def test_the_module_is_the_command():
-    done = goose("tag", "no such file.wav")
-    assert done.returncode == 2
-    assert (done.stdout, done.stderr) == ("", "goose-mm: no such file.wav: no such file\n")
