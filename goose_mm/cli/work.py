@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
 from goose_mm.cli.flags import Call, read
@@ -39,7 +38,7 @@ def parse_train(name: str, flags: Sequence[str]) -> Call:
             ("device", device, ""),
         ],
     )
-    chosen = read(tyro.cli, run, flags, f"goose-mm train {name}", f"Train the recipe {name}.")
+    chosen = read(run, flags, f"goose-mm train {name}", f"Train the recipe {name}.")
     return functools.partial(_train, chosen.recipe, chosen.out, chosen.device)
 
 
