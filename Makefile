@@ -22,22 +22,23 @@ help:
 setup: $(RUN)
 
 $(RUN): requirements.lock pyproject.toml
-	@echo "to download: about 2.9 GB, mostly torch and CUDA; in $(VENV) then: about 5.2 GB" >&2
+	@echo "to download: about 3 GB, mostly torch and CUDA; in $(VENV) then: about 5.5 GB" >&2
 	$(install)
 
 $(DEV): requirements-dev.lock pyproject.toml
-	@echo "to download: about 3.2 GB, mostly torch and CUDA; in $(VENV) then: about 6.2 GB" >&2
+	@echo "to download: about 3.3 GB, mostly torch and CUDA; in $(VENV) then: about 6.2 GB" >&2
 	$(install)
 	@touch $(RUN)
 
-# uv is quick; pip installs the same lock where uv cannot reach the index.
+# uv is quick; pip installs the same lock where uv cannot reach the index. Both compile what they
+# install, so that the first start is as quick as the next.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing the $$(grep -c '^[a-z].*==' $<) packages of $< into $(VENV) (a few minutes) ..." >&2
 	@{ $(BIN)/pip install --quiet uv && \
-		$(BIN)/uv pip install --quiet --python $(BIN)/python -r $< -e .; } || \
+		$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r $< -e .; } || \
 	{ $(BIN)/pip install --quiet -r $< && \
 		$(BIN)/pip install --quiet --no-deps -e .; }
 	@touch $@
