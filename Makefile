@@ -1,51 +1,65 @@
-# `make demo` and `make test` set everything up first; that needs Python 3.11+ and a package index.
+# Every target sets up first what it needs; that takes Python 3.11+ and a package index.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.done
+RUN := $(VENV)/.run
+DEV := $(VENV)/.dev
 # The one set in which torchvision and torchaudio both fit torch.
 PINS := torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0 triton==3.6.0
+COMPILE = $(BIN)/uv pip compile -q --universal --generate-hashes --no-header -p 3.11 pyproject.toml
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench lock
 
 help:
-	@echo "make setup   create $(VENV) and install the locked versions into it"
 	@echo "make demo    ask the shipped models about a picture and a sound"
-	@echo "make test    run the tests"
+	@echo "make setup   create $(VENV) and install what goose-mm runs on"
+	@echo "make test    run the tests; installs what they need, too"
 	@echo "make lint    format, lint, types, import direction"
 	@echo "make bench   run benchmarks/*.py; they write to benchmarks/results"
-	@echo "make lock    write requirements.lock anew"
+	@echo "make lock    write requirements.lock and requirements-dev.lock anew"
 
-setup: $(READY)
+setup: $(RUN)
 
-# uv is quick; pip installs the same lock where uv cannot reach the index.
-$(READY): requirements.lock pyproject.toml
+$(RUN): requirements.lock pyproject.toml
+	@echo "to download: about 3 GB, mostly torch and CUDA; in $(VENV) then: about 5.5 GB" >&2
+	$(install)
+
+$(DEV): requirements-dev.lock pyproject.toml
+	@echo "to download: about 3.3 GB, mostly torch and CUDA; in $(VENV) then: about 6.2 GB" >&2
+	$(install)
+	@touch $(RUN)
+
+# uv is quick; pip installs the same lock where uv cannot reach the index. Both compile what they
+# install, so that the first start is as quick as the next.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@echo "installing the locked packages into $(VENV) (several GB, a few minutes) ..." >&2
+	@echo "installing the $$(grep -c '^[a-z].*==' $<) packages of $< into $(VENV) (a few minutes) ..." >&2
 	@{ $(BIN)/pip install --quiet uv && \
-		$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock -e .; } || \
-	{ $(BIN)/pip install --quiet -r requirements.lock && \
+		$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r $< -e .; } || \
+	{ $(BIN)/pip install --quiet -r $< && \
 		$(BIN)/pip install --quiet --no-deps -e .; }
 	@touch $@
+endef
 
-demo: $(READY)
+demo: $(RUN)
 	@$(BIN)/goose-mm demo
 
-test: $(READY)
+test: $(DEV)
 	$(BIN)/python -m pytest -n 2 -q
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 
-bench: $(READY)
+bench: $(DEV)
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
-lock: $(READY)
-	printf '%s\n' $(PINS) | $(BIN)/uv pip compile -q --universal --generate-hashes --no-header \
-		--extra demo --extra dev -p 3.11 -c - pyproject.toml -o requirements.lock
+# What runs is locked within what develops, so that the tests meet the versions that people have.
+lock: $(DEV)
+	printf '%s\n' $(PINS) | $(COMPILE) --extra dev -c - -o requirements-dev.lock
+	$(COMPILE) --extra demo -c requirements-dev.lock -o requirements.lock

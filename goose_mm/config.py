@@ -73,7 +73,8 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Vocabulary of a language model. `bpe` reads tokenizer.json beside the weights."""
+    """Vocabulary of a language model. `bpe` reads tokenizer.json beside the weights; a model
+    without that file works on ids alone."""
 
     vocab_size: int = 65536
     tokenizer: Literal["world", "pile", "bpe"] = "world"
@@ -307,7 +308,12 @@ def load_model_config(path: Path) -> ModelConfig:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    return _by_kind(MODELS, values, str(path))
+    return model_config(values, str(path))
+
+
+def model_config(values: Any, source: str) -> ModelConfig:
+    """The configuration that config.json holds; `source` is named in errors."""
+    return _by_kind(MODELS, values, source)
 
 
 def load_recipe(name_or_path: str) -> Recipe:

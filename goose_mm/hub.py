@@ -13,9 +13,9 @@ from torch import nn
 
 from goose_mm import checkpoint
 from goose_mm.backbone.init import uninitialised
-from goose_mm.config import AudioModel, ModelConfig, TextModel, VisionModel
+from goose_mm.config import AudioModel, ModelConfig, TextConfig, TextModel, VisionModel
 from goose_mm.text.model import RWKV7LM
-from goose_mm.text.tokenizer import load_tokenizer
+from goose_mm.text.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 
 
 def shipped() -> list[str]:
@@ -49,7 +49,8 @@ def load(
 
     `name_or_path` is a shipped name (goose-tiny-text, goose-tiny-vision, goose-tiny-audio), a
     folder of ours or in fla/HF layout, an official RWKV-7 `.pth`, or a hub id `owner/name`.
-    FileNotFoundError or ValueError, in one line, when the source is missing or broken.
+    FileNotFoundError or ValueError, in one line, when the source is missing or broken. A model
+    whose tokenizer is missing, or is of a kind that is not read, has `tokenizer = None`.
     """
     path = locate(name_or_path)
     config, tensors = checkpoint.read_model(path)
@@ -58,8 +59,30 @@ def load(
     fill(model, tensors, str(path))
     if not isinstance(config, AudioModel):
         language_model: Any = model if isinstance(config, TextModel) else model.lm
-        language_model.tokenizer = load_tokenizer(config.text, path if path.is_dir() else None)
+        try:
+            language_model.tokenizer = _tokenizer(config.text, path)
+        except (FileNotFoundError, NoTokenizer) as error:
+            language_model.no_tokenizer = str(error)
     return model.eval().to(device=device or "cpu", dtype=dtype or torch.float32)
+
+
+def _tokenizer(config: TextConfig, path: Path) -> Tokenizer:
+    return load_tokenizer(config, path if path.is_dir() else None)
+
+
+def lost_words(source: Path, converted: Path) -> str:
+    """What to say of a tokenizer that a conversion left behind, or copied though it is not read;
+    "" when there is nothing to say."""
+    files = ", ".join(path.name for path in checkpoint.tokenizer_files(source))
+    if not files:
+        return ""
+    config: Any = checkpoint.read_model(converted)[0]
+    try:
+        _tokenizer(config.text, converted)
+    except (FileNotFoundError, ValueError) as error:
+        done = "copied, but not read here" if converted.is_dir() else "left behind"
+        return f"{files} {done}: {error}"
+    return ""
 
 
 def open_model(name: str, kind: str, device: str = "", dtype: torch.dtype | None = None) -> Any:
@@ -108,18 +131,31 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.suffix:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not checkpoint.is_weights(name):
         return _download(name)
     raise FileNotFoundError(
-        f"no model {name!r}: not a file or folder, and not one of {', '.join(shipped())}"
+        f"{name}: no such file or folder, and no shipped model; those are {', '.join(shipped())}"
     )
 
 
 def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
+    """The folder of a repository: settings, words, weights; pickles where there is nothing else."""
+    from huggingface_hub import HfApi, snapshot_download
 
+    wanted = ["*.json", "*.txt", "*.safetensors"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        if any(checkpoint.is_weights(path.name) for path in folder.iterdir()):
+            return folder
+        files = [name for name in HfApi().list_repo_files(repository) if "/" not in name]
+        pickles = [name for name in files if checkpoint.is_weights(name)]
+        single = [name for name in pickles if not name.startswith("pytorch_model")]
+        if len(single) > 1:  # as many models, which would fill the disk
+            raise ValueError(
+                f"it holds {len(single)} models ({', '.join(single[:3])}, ...); "
+                "download one of them and give its path"
+            )
+        return Path(snapshot_download(repository, allow_patterns=[*wanted, *pickles]))
     except Exception as error:  # the hub raises many kinds: no network, no such repository
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(

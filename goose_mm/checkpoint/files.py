@@ -1,9 +1,4 @@
-"""Weights on disk: read safely, written whole or not at all, converted both ways.
-
-A model of ours is a folder with config.json and model.safetensors. Official RWKV-7 `.pth` files
-and Hugging Face folders (flash-linear-attention) are read and written through their names and
-shapes, which live in `checkpoint_names`.
-"""
+"""Files of tensors and settings: read safely, written whole or not at all, whatever they mean."""
 
 from __future__ import annotations
 
@@ -15,54 +10,24 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from goose_mm.checkpoint.rwkv7 import (
-    Layout,
-    Tensors,
-    detect,
-    fit,
-    fla_config,
-    from_goose,
-    to_goose,
-)
-from goose_mm.config import (
-    BackboneConfig,
-    ModelConfig,
-    TextConfig,
-    TextModel,
-    from_dict,
-    load_model_config,
-    to_dict,
-)
+from goose_mm.checkpoint.contents import is_pickle, is_safetensors, what_it_is
 
-__all__ = [
-    "convert",
-    "detect",
-    "digest",
-    "fla_config",
-    "from_goose",
-    "is_ours",
-    "load_model_files",
-    "read_model",
-    "read_tensors",
-    "save_model",
-    "to_goose",
-]
+Tensors = dict[str, Tensor]
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "20B_tokenizer.json")
-SHELL = "goose_rwkv7"  # the model_type of folders that goose_mm.hf saves
-SHARD = re.compile(r"[\w-]+\.safetensors")
-PICKLES = (".pth", ".pt", ".bin")
+WEIGHTS = "model.safetensors"
+WHOLE = (WEIGHTS, "pytorch_model.bin")  # what Hugging Face calls weights, the better one first
+INDEX = ".index.json"  # behind either: it says which shard holds which tensor
+SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+BESIDE = ("training_args", "optimizer", "scheduler", "rng_state", "resume")
 
 
 def digest(tensors: Mapping[str, Tensor], before: str = "") -> str:
@@ -76,41 +41,61 @@ def digest(tensors: Mapping[str, Tensor], before: str = "") -> str:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """The tensors of a `.pth`, a `.safetensors` or a folder with model.safetensors (or shards).
+    """The tensors of a `.pth`, a `.safetensors` or a folder that holds them, whole or in shards.
 
-    Pickles are read with `weights_only=True`: one that carries code is refused, never run.
-    FileNotFoundError, or ValueError in one line when the file is empty, cut short or no weights.
+    What a file is, its content decides. Pickles are read with `weights_only=True`: one that carries
+    code is refused, never run. FileNotFoundError, or ValueError in one line when a file is empty,
+    cut short or something else.
     """
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; check the path")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes); download it again")
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return _read_safetensors(path)
-    if path.suffix in PICKLES:
+    if is_pickle(path):
         return _read_pickle(path)
+    if what := what_it_is(path):
+        raise ValueError(f"{path} is no checkpoint but {what}")
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
+        raise ValueError(f"{path} is damaged; download it again")
     raise ValueError(
         f"{path} is no checkpoint we read; give a .pth, a .safetensors or a model folder"
     )
 
 
 def _read_folder(folder: Path) -> Tensors:
-    if (folder / WEIGHTS).exists():
-        return read_tensors(folder / WEIGHTS)
-    index = folder / INDEX
-    if not index.is_file():
+    for name in (f"{stem}{end}" for stem in WHOLE for end in ("", INDEX)):
+        if not (folder / name).is_file():
+            continue
+        if not name.endswith(INDEX):
+            return read_tensors(folder / name)
+        tensors: Tensors = {}
+        for shard in _shards(folder / name):
+            tensors |= read_tensors(folder / shard)
+        return tensors
+    found = sorted(p for p in folder.iterdir() if p.is_file() and is_weights(p.name))
+    if not found:
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; it is not a model folder")
-    shards = _read_json(index).get("weight_map")
-    names = list(shards.values()) if isinstance(shards, dict) else []
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise ValueError(f"{folder} holds {len(found)} checkpoints ({names}); give one of them")
+    return read_tensors(found[0])
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds a model, and not what training keeps beside it."""
+    stem, suffix = os.path.splitext(name.lower())
+    return suffix in WEIGHT_SUFFIXES and not stem.startswith(BESIDE)
+
+
+def _shards(index: Path) -> list[str]:
+    listed = read_json(index).get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
     if not names or not all(isinstance(n, str) and SHARD.fullmatch(n) for n in names):
         raise ValueError(f"{index} does not list files of this folder; download it again")
-    tensors: Tensors = {}
-    for name in sorted(set(names)):
-        tensors |= read_tensors(folder / name)
-    return tensors
+    return sorted(set(names))
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -149,151 +134,81 @@ def _read_pickle(path: Path) -> Tensors:
     return dict(found)
 
 
-def is_ours(folder: str | os.PathLike[str]) -> bool:
-    """Whether config.json of a folder is ours; a Hugging Face one names a `model_type`."""
-    path = Path(folder) / CONFIG
-    return path.is_file() and "model_type" not in _read_json(path)
+def read_settings(path: Path) -> dict[str, Any]:
+    """config.json of a model folder; empty where there is none, as beside a single file.
+
+    ValueError when it is no configuration of a model, as the error page of a server.
+    """
+    config = path / CONFIG
+    if not config.is_file():
+        return {}
+    values = read_json(config)
+    if not values.keys() & {"model", "model_type"}:
+        raise ValueError(
+            f"{config} describes no model, it names neither `model` nor `model_type`; it is "
+            + what_it_is(config)
+        )
+    return values
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object a JSON file holds. ValueError that says what else the file is, if it is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        what = what_it_is(path)
+        known = what and not what.startswith("JSON")
+        raise ValueError(
+            f"{path} is not valid JSON" + (f" but {what}" if known else f": {error}")
+        ) from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object, it holds a {type(values).__name__}")
     return values
 
 
-def save_model(
-    folder: str | os.PathLike[str],
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    extra_files: Iterable[str | os.PathLike[str]] = (),
-) -> None:
-    """Write model.safetensors, copies of `extra_files`, and config.json last, each atomically.
-
-    OSError when it cannot be written; then the files that were there are as they were.
-    """
-    _write_folder(Path(folder), to_dict(config), tensors, extra_files)
-
-
-def load_model_files(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
-    """Read what `save_model` wrote; the tensors of a text model are checked against config.json.
-
-    FileNotFoundError or ValueError, in one line, when a file is missing or broken.
-    """
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {folder}; it is not a model folder")
-    config, tensors = load_model_config(folder / CONFIG), read_tensors(folder / WEIGHTS)
-    if isinstance(config, TextModel):
-        try:
-            tensors = fit(config, tensors)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-    return config, tensors
-
-
-def read_model(path: str | os.PathLike[str]) -> tuple[ModelConfig, Tensors]:
-    """Configuration and tensors, in our layout, of any model we read.
-
-    A folder of ours (text, vision or audio), an official `.pth`, a fla folder or file, or a folder
-    that `goose_mm.hf` saved.
-    """
-    path = Path(path)
-    if is_ours(path):
-        return load_model_files(path)
-    values = _read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
-    tensors = read_tensors(path)
-    try:
-        return (
-            _from_shell(values, tensors) if values.get("model_type") == SHELL else to_goose(tensors)
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _from_shell(values: Mapping[str, Any], tensors: Tensors) -> tuple[ModelConfig, Tensors]:
-    """Our names behind `lm.`, and our fields among those of transformers."""
-
-    def part(cls: type) -> dict[str, Any]:
-        return {f.name: values[f.name] for f in fields(cls) if f.name in values}
-
-    config = from_dict(TextModel, {"backbone": part(BackboneConfig), "text": part(TextConfig)})
-    ours = {name.removeprefix("lm."): tensor for name, tensor in tensors.items()}
-    if values.get("tie_word_embeddings") and "emb.weight" in ours:
-        ours.setdefault("head.weight", ours["emb.weight"])
-    return config, fit(config, ours)
-
-
-def convert(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
-    to: Layout | None = None,
-    *,
-    force: bool = False,
-) -> Layout:
-    """Write the text model at `src` again at `dst` in another layout, and return that layout.
-
-    `to` is "rwkv" (one `.pth`), "goose" or "fla" (folders); by default what the name of `dst`
-    suggests: `.pth` or a folder of ours. FileExistsError when `dst` exists, unless `force`.
-    """
-    dst = Path(dst)
-    layout: Layout = to or ("rwkv" if dst.suffix == ".pth" else "goose")
-    if layout == "rwkv" and dst.suffix != ".pth":
-        raise ValueError(f"layout 'rwkv' is one file that ends in .pth, not {dst}")
-    if layout != "rwkv" and dst.suffix in (*PICKLES, ".safetensors"):
-        raise ValueError(f"layout {layout!r} is a folder, {dst} looks like a file")
-    if dst.exists() and not force:
-        raise FileExistsError(f"{dst} exists; choose another name, or overwrite it with --force")
-    config, tensors = read_model(src)
-    if not isinstance(config, TextModel):
-        raise ValueError(f"{src} is of kind {config.model!r}; only text models are converted")
-    tensors = from_goose(config, tensors, layout)
-    if layout == "rwkv":
-        _write_pickle(dst, tensors)
-        return layout
-    values = to_dict(config) if layout == "goose" else fla_config(config)
-    if layout == "fla":
-        values["torch_dtype"] = str(tensors["model.embeddings.weight"].dtype).split(".")[-1]
-    extra = [Path(src) / name for name in TOKENIZER_FILES if (Path(src) / name).is_file()]
-    _write_folder(dst, values, tensors, extra)
-    return layout
-
-
-def _write_folder(
+def write_folder(
     folder: Path,
-    config: dict[str, Any],
+    settings: dict[str, Any],
     tensors: Mapping[str, Tensor],
-    extra_files: Iterable[str | os.PathLike[str]],
+    extra_files: Iterable[Path] = (),
 ) -> None:
+    """model.safetensors, copies of `extra_files` and config.json: they take their places together,
+    config.json last. OSError when there is no room; then nothing has changed."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with _whole(folder / WEIGHTS) as part:
+    with made(folder), ExitStack() as stack:
+        config = stack.enter_context(whole(folder / CONFIG))  # left last
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for extra in extra_files:
+            shutil.copyfile(extra, stack.enter_context(whole(folder / extra.name)))
+        part = stack.enter_context(whole(folder / WEIGHTS))
         part.touch()
         mode = part.stat().st_mode
         try:
             save_file(_apart(tensors), part, metadata={"format": "pt"})
             part.chmod(mode)  # safetensors makes its files private; models obey the umask
         except SafetensorError as error:
-            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from None
-    for extra in map(Path, extra_files):
-        with _whole(folder / extra.name) as part:
-            shutil.copyfile(extra, part)
-    with _whole(folder / CONFIG) as part:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            code = re.search(r"os error (\d+)", str(error))
+            told = (int(code[1]), os.strerror(int(code[1]))) if code else (str(error),)
+            raise OSError(*told) from None
 
 
-def _write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(path) as part:
+def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A `.pth` of names and tensors. OSError when there is no room; then nothing has changed."""
+    with made(path.parent), whole(path) as part:
+        dump(_apart(tensors), part)
+
+
+def dump(value: object, path: Path) -> None:
+    """`torch.save`, but OSError says why a disk did not take it."""
+    with path.open("wb") as file:
         try:
-            torch.save(_apart(tensors), part)
-        except RuntimeError as error:  # what torch raises when the disk is full
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+            torch.save(value, file)
+        except RuntimeError as error:  # its cleaning up, behind what the disk said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -311,11 +226,29 @@ def _apart(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A path to write to that becomes `path` on success and leaves nothing behind on failure."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a failed write does not know where it was
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """A folder that is there; on failure those that were made for it and hold nothing are not."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in absent:
+            with suppress(OSError):
+                path.rmdir()
+        raise

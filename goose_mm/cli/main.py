@@ -6,6 +6,7 @@ found something broken, 2 bad input (one line says what and how to mend it), 130
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -25,17 +26,20 @@ VERBS: dict[str, Callable[..., int | None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `--help` raises SystemExit(0) as usual."""
+    _open_closed_streams()
+    if sys.stdout is None:
+        return _complain("stdout is closed; send it to a file, or to /dev/null")
     try:
         with warnings.catch_warnings():
             # torch says this of a pickle that is then refused, in one line
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            code = parse(list(sys.argv[1:] if argv is None else argv))() or 0
-        sys.stdout.flush()
-        return code
+            try:
+                return parse(list(sys.argv[1:] if argv is None else argv))() or 0
+            finally:
+                _flush_output()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `goose-mm ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
         return _complain(_explain(error))
@@ -64,8 +68,11 @@ def parse(argv: list[str]) -> Call:
 
 
 def _explain(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "; make room and run the same command again" if full else ""
+        return f"{where}{error.strerror}{cure}"
     if isinstance(error, UnicodeDecodeError):
         return f"some input is not UTF-8 text: {error}"
     return str(error) or type(error).__name__
@@ -74,3 +81,20 @@ def _explain(error: Exception) -> str:
 def _complain(message: str) -> int:
     print(f"goose-mm: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _open_closed_streams() -> None:
+    """A process may start without stdin or stderr: the one has ended, nobody reads the other."""
+    for name, mode in (("stdin", "r"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _flush_output() -> None:
+    """OSError when what was answered cannot be written; it is not tried again as Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = "stdout"
+        raise

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
 from goose_mm.cli.flags import Call, read
-from goose_mm.cli.inputs import must_exist, open_model
+from goose_mm.cli.inputs import open_model
 from goose_mm.config import load_recipe
 
 
@@ -39,7 +38,7 @@ def parse_train(name: str, flags: Sequence[str]) -> Call:
             ("device", device, ""),
         ],
     )
-    chosen = read(tyro.cli, run, flags, f"goose-mm train {name}", f"Train the recipe {name}.")
+    chosen = read(run, flags, f"goose-mm train {name}", f"Train the recipe {name}.")
     return functools.partial(_train, chosen.recipe, chosen.out, chosen.device)
 
 
@@ -61,15 +60,17 @@ def convert(
     """Convert a checkpoint between our folders, official .pth files and fla/HF folders.
 
     Args:
-        src: A model folder or a checkpoint file.
+        src: A shipped name, a model folder, a checkpoint file or a hub id.
         dst: Where to write; the ending .pth means the official format.
         to: The format to write; auto goes by the name of DST.
         force: Replace what is there.
     """
-    from goose_mm import checkpoint
+    from goose_mm import checkpoint, hub
 
-    must_exist(src)
-    checkpoint.convert(src, dst, to=None if to == "auto" else to, force=force)
+    source = hub.locate(src)
+    checkpoint.convert(source, dst, to=None if to == "auto" else to, force=force)
+    if said := hub.lost_words(source, Path(dst)):
+        print(f"goose-mm: {said}", file=sys.stderr)
     print(dst)
 
 

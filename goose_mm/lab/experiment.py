@@ -128,16 +128,15 @@ def run(
     """
     e = from_dict(Experiment, experiment) if isinstance(experiment, dict) else experiment
     out, place = Path(out), torch.device(device)
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model, task = e.build(place)
     for times in e.tested:  # a task that cannot be so long says so before the training
         task(1, times * e.length, torch.Generator(place))
-    log = Log(out / "metrics.jsonl", 0, e.steps, quiet)
+    out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    steps = fit(model, task, e, seed, 60 * max_minutes or math.inf, log)
+    with Log(out / "metrics.jsonl", 0, e.steps, quiet) as log:
+        steps = fit(model, task, e, seed, 60 * max_minutes or math.inf, log)
     seconds = time.monotonic() - began
-    log.close()
     unseen = torch.Generator(place).manual_seed(seed + 1_000_003)
     result = {
         "experiment": asdict(e),

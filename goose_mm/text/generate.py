@@ -80,10 +80,10 @@ def write(
 
 
 def need_tokenizer(model: LanguageModel) -> Tokenizer:
+    """ValueError says why there is none, if `goose_mm.load` found out."""
     if model.tokenizer is None:
-        raise ValueError(
-            "this model has no tokenizer; set model.tokenizer or load it from a folder"
-        )
+        reason = getattr(model, "no_tokenizer", "") or "set model.tokenizer, or load a folder"
+        raise ValueError(f"this model has no tokenizer: {reason}")
     return model.tokenizer
 
 

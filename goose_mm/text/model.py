@@ -18,7 +18,12 @@ MAX_LOGIT_PENALTY = 1e-4  # L2Wrap of the official recipe: keeps the largest log
 
 
 class RWKV7LM(LanguageModel):
-    """Next-token model. `forward` is a pure function of ids and state."""
+    """Next-token model. `forward` is a pure function of ids and state.
+
+    Without a tokenizer it works on ids alone, and `no_tokenizer` says why that is.
+    """
+
+    no_tokenizer = ""
 
     def __init__(self, config: TextModel, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()

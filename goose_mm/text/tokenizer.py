@@ -20,6 +20,8 @@ from pathlib import Path
 from string import ascii_letters
 from typing import TYPE_CHECKING
 
+from goose_mm.checkpoint import whole
+from goose_mm.checkpoint.contents import what_it_is
 from goose_mm.config import TextConfig
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ WORLD_FILE = "rwkv_vocab_v20230424.txt"
 WORLD_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
 WORLD_ROWS = 65536  # rows of the released embeddings; ids from vocab_size on are never trained
 PILE_ROWS = 50304
+
+
+class NoTokenizer(ValueError):
+    """A model has no tokenizer, or one of a kind that is not read. It still works on ids."""
 
 
 class Tokenizer(ABC):
@@ -152,11 +158,9 @@ class _Remembered(dict[bytes, tuple[int, ...]]):
 
 @functools.cache
 def world_tokens() -> tuple[bytes, ...]:
-    """The tokens with ids 1 to 65529. ValueError when the shipped file was changed."""
+    """The tokens with ids 1 to 65529. NoTokenizer when the shipped file was changed."""
     data = resources.files("goose_mm.text").joinpath(WORLD_FILE).read_bytes()
-    data = data.replace(b"\r\n", b"\n")
-    if hashlib.sha256(data).hexdigest() != WORLD_SHA256:
-        raise ValueError(f"{WORLD_FILE} is not the official vocabulary; reinstall goose-mm")
+    data = _check_world(data, WORLD_FILE)
     tokens = []
     for line in data.decode().rstrip("\n").split("\n"):
         literal = line[line.index(" ") + 1 : line.rindex(" ")]
@@ -164,6 +168,14 @@ def world_tokens() -> tuple[bytes, ...]:
         token = literal[1:-1] if plain else ast.literal_eval(literal)
         tokens.append(token.encode() if isinstance(token, str) else token)
     return tuple(tokens)
+
+
+def _check_world(data: bytes, source: Path | str) -> bytes:
+    """The file as it was published, whatever its line ends. NoTokenizer when it was changed."""
+    data = data.replace(b"\r\n", b"\n")
+    if hashlib.sha256(data).hexdigest() != WORLD_SHA256:
+        raise NoTokenizer(f"{source} is not the official vocabulary, no other is read")
+    return data
 
 
 def chunk_pattern(tokens: Iterable[bytes]) -> re.Pattern[bytes]:
@@ -226,9 +238,8 @@ class _ByteLevel(Tokenizer):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, whole or not at all."""
-        part = Path(f"{os.fspath(path)}.part")
-        part.write_text(self._library.to_str(pretty=True), encoding="utf-8")
-        os.replace(part, path)
+        with whole(Path(path)) as part:
+            part.write_text(self._library.to_str(pretty=True), encoding="utf-8")
 
 
 class BPETokenizer(_ByteLevel):
@@ -276,18 +287,27 @@ class PileTokenizer(_ByteLevel):
 def load_tokenizer(config: TextConfig, folder: Path | None) -> Tokenizer:
     """The tokenizer a configuration names; `bpe` and `pile` read their file from the folder.
 
-    FileNotFoundError or ValueError, with the cure, when that file is missing or broken.
+    NoTokenizer or FileNotFoundError, with the cure, when there is none or of a kind that is not
+    read; ValueError when its file is broken.
     """
     if config.tokenizer == "world":
+        for vocabulary in folder.glob("rwkv_vocab*.txt") if folder else ():
+            _check_world(vocabulary.read_bytes(), vocabulary)
         return WorldTokenizer()
     if folder is None:
-        raise ValueError(
-            f"the {config.tokenizer!r} tokenizer is read from a model folder, and there is none"
+        raise NoTokenizer(
+            f"the tokenizer of its {config.vocab_size} ids is read from a model folder, and there "
+            "is none"
         )
-    if config.tokenizer == "bpe":
-        return BPETokenizer.load(folder / "tokenizer.json")
     saved = folder / "tokenizer.json"
-    return PileTokenizer(saved if saved.is_file() else folder / "20B_tokenizer.json")
+    if config.tokenizer == "pile":
+        return PileTokenizer(saved if saved.is_file() else folder / "20B_tokenizer.json")
+    tokenizer = BPETokenizer.load(saved)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise NoTokenizer(
+            f"{saved} has {tokenizer.vocab_size} tokens, the model {config.vocab_size} ids"
+        )
+    return tokenizer
 
 
 def _read_library(path: Path) -> tokenizers.Tokenizer:
@@ -299,15 +319,18 @@ def _read_library(path: Path) -> tokenizers.Tokenizer:
             "(20B_tokenizer.json for the Pile models is in github.com/BlinkDL/ChatRWKV)"
         )
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+        what = what_it_is(path)
+        raise ValueError(
+            f"{path} is not a tokenizer file: {error}" + (f"; it is {what}" if what else "")
+        ) from None
 
 
 def _pieces(library: tokenizers.Tokenizer, source: str) -> list[bytes]:
-    """The bytes of every id. ValueError unless this is byte-level, with end of text first."""
+    """The bytes of every id. NoTokenizer unless this is byte-level, with end of text first."""
     if library.token_to_id(END_OF_TEXT) != 0:
-        raise ValueError(f"{source}id 0 must be {END_OF_TEXT}, it is {library.id_to_token(0)!r}")
+        raise NoTokenizer(f"{source}id 0 must be {END_OF_TEXT}, it is {library.id_to_token(0)!r}")
     added = library.get_added_tokens_decoder()
     byte_of = byte_of_character()
     vocabulary = library.get_vocab()
@@ -315,7 +338,7 @@ def _pieces(library: tokenizers.Tokenizer, source: str) -> list[bytes]:
     for token, i in vocabulary.items():
         if i not in added:
             if not byte_of.keys() >= set(token):
-                raise ValueError(f"{source}token {token!r} is not byte-level")
+                raise NoTokenizer(f"{source}token {token!r} is not byte-level")
             pieces[i] = bytes(byte_of[char] for char in token)
         elif not added[i].special:
             pieces[i] = token.encode()

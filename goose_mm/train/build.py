@@ -22,6 +22,7 @@ from goose_mm.config import (
     model_part,
 )
 from goose_mm.hub import build_model, load
+from goose_mm.text.generate import need_tokenizer
 from goose_mm.text.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -30,7 +31,7 @@ TOKENIZER_FILE = "tokenizer.json"
 def build(recipe: Recipe, out: Path) -> tuple[nn.Module, Any]:
     """A model ready to train, started from `recipe.init` if given, and its data."""
     config, seed, batch = model_part(recipe), recipe.train.seed, recipe.train.batch_size
-    start = load(recipe.init) if recipe.init else None
+    start = _start(recipe) if recipe.init else None
     if isinstance(recipe, AudioRecipe):
         from goose_mm.data.clips import Clips
 
@@ -56,13 +57,25 @@ def build(recipe: Recipe, out: Path) -> tuple[nn.Module, Any]:
     return model, Books(recipe.data, tokenizer, batch, seed)
 
 
-def save(model: nn.Module, recipe: Recipe, out: Path) -> None:
+def _start(recipe: Recipe) -> Any:
+    """The model a run starts from. ValueError when it is of a kind that cannot become the other."""
+    model: Any = load(recipe.init)
+    kinds = ("text", "vision") if recipe.model == "vision" else (recipe.model,)
+    if model.config.model not in kinds:
+        raise ValueError(
+            f"init = {recipe.init} is a model for {model.config.model}; a recipe for "
+            f"{recipe.model} starts from one for {' or '.join(kinds)}"
+        )
+    return model
+
+
+def save(model: nn.Module, out: Path) -> None:
     """Write config.json, model.safetensors and, where the model has its own, tokenizer.json."""
     config: Any = model.config
-    checkpoint.save_model(out, config, model.state_dict())
     tokenizer = getattr(getattr(model, "lm", model), "tokenizer", None)
     if isinstance(tokenizer, BPETokenizer):
         tokenizer.save(out / TOKENIZER_FILE)
+    checkpoint.save_model(out, config, model.state_dict())
 
 
 def _tokenizer(recipe: TextRecipe | VisionRecipe, start: Any, out: Path) -> Tokenizer:
@@ -70,16 +83,14 @@ def _tokenizer(recipe: TextRecipe | VisionRecipe, start: Any, out: Path) -> Toke
     if (out / TOKENIZER_FILE).exists():
         return BPETokenizer.load(out / TOKENIZER_FILE)
     if start is not None:
-        return getattr(start, "lm", start).tokenizer
+        return need_tokenizer(getattr(start, "lm", start))
     if recipe.text.tokenizer != "bpe":
         return load_tokenizer(recipe.text, None)
     if not isinstance(recipe, TextRecipe):
         raise ValueError("a vision recipe with a BPE tokenizer needs init = a text model")
     from goose_mm.data.text import vocabulary_texts
 
-    tokenizer = BPETokenizer.train(vocabulary_texts(recipe.data), recipe.text.vocab_size)
-    tokenizer.save(out / TOKENIZER_FILE)
-    return tokenizer
+    return BPETokenizer.train(vocabulary_texts(recipe.data), recipe.text.vocab_size)
 
 
 def _with_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -7,7 +7,7 @@ so a resumed run repeats an unbroken one bit for bit (on CPU).
 
 from __future__ import annotations
 
-import os
+import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, Dataset
 
+from goose_mm.checkpoint import dump, made, whole
 from goose_mm.config import Recipe, TrainConfig
 from goose_mm.train.build import build, save
 from goose_mm.train.log import Log
@@ -47,11 +48,18 @@ def train(
     """Run a recipe into the folder `out`; a folder that holds a checkpoint is resumed.
 
     Stops after `until` steps, at `train.max_minutes`, or on SIGTERM, each time with a checkpoint.
-    Returns the last evaluation. ValueError when `out` holds another recipe's run.
+    Returns the last evaluation. ValueError when `out` holds another recipe's run. OSError when the
+    disk is full: the last checkpoint is as it was, and the same command goes on from it.
     """
-    config, out = recipe.train, Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with made(Path(out)):
+        return _train(recipe, Path(out), place, until, quiet)
+
+
+def _train(
+    recipe: Recipe, out: Path, place: torch.device, until: int | None, quiet: bool
+) -> dict[str, float]:
+    config = recipe.train
     torch.manual_seed(config.seed)
     model, data = build(recipe, out)
     model.to(place)
@@ -65,11 +73,10 @@ def train(
                 module.compile(**COMPILE)
 
     last = config.steps if until is None else min(until, config.steps)
-    log = Log(out / "metrics.jsonl", step, config.steps, quiet)
     scores: dict[str, float] = {}
     deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
     batches = prefetch(data, range(step * config.accumulate, last * config.accumulate), recipe)
-    with stop_requested() as stop:
+    with Log(out / "metrics.jsonl", step, config.steps, quiet) as log, stop_requested() as stop:
         while True:
             ended = step >= config.steps
             if step and (ended or _every(config.eval_every, step)):
@@ -92,9 +99,8 @@ def train(
             step += 1
             values = torch.stack([*metrics.values(), grad_norm.to(place)]).tolist()
             log.step(step, dict(zip([*metrics, "grad_norm"], values, strict=True)))
-    if not ended:
-        log.say(f"stopped at step {step} of {config.steps}; run the same command to go on")
-    log.close()
+        if not ended:
+            log.say(f"stopped at step {step} of {config.steps}; run the same command to go on")
     return scores
 
 
@@ -155,9 +161,7 @@ def checkpoint(
     averaged: AveragedWeights,
     step: int,
 ) -> None:
-    """Write the model folder (averaged weights, if any) and what resuming needs."""
-    with averaged.applied():
-        save(model, recipe, out)
+    """Write the model folder (averaged weights, if any) and what resuming needs, or nothing."""
     trained = {k: p.detach() for k, p in averaged.parameters.items()}
     kept = {
         "step": step,
@@ -166,9 +170,10 @@ def checkpoint(
         "averaged": averaged.values,
         "optimizer": optimizer.state_dict(),
     }
-    part = out / f"{RESUME_FILE}.part"
-    torch.save(kept, part)
-    os.replace(part, out / RESUME_FILE)
+    with whole(out / RESUME_FILE) as part:  # which takes its place behind the model's files
+        dump(kept, part)
+        with averaged.applied():
+            save(model, out)
 
 
 def resume(
@@ -182,7 +187,10 @@ def resume(
     path = out / RESUME_FILE
     if not path.exists():
         return 0
-    kept = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is damaged; remove it to begin anew") from None
     if kept["recipe"] != repr(_settled(recipe)):
         raise ValueError(f"{out} holds a run of another recipe; choose a new --out folder")
     with torch.no_grad():

@@ -2,7 +2,8 @@
 
 Every adapter returns feature maps, coarsest last; the finer ones are folded onto the coarsest
 grid by space-to-depth, so no value is lost, and joined on channels. Encoders are never trained.
-timm, open_clip and transformers are imported by the adapter that uses them.
+timm, open_clip and transformers are imported by the adapter that uses them: each takes longer than
+all the rest of a short answer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from goose_mm.config import EncoderSpec
+from goose_mm.vision.efficientnet import EfficientNetLite0
+
+LITE0 = "tf_efficientnet_lite0"
 
 
 def fingerprint(spec: EncoderSpec) -> str:
@@ -35,6 +39,8 @@ def build_encoder(spec: EncoderSpec) -> Encoder:
             f"encoder weights {spec.weights!r}: only timm encoders read packages; use 'hub' "
             "(the library downloads them) or '' (they are in the checkpoint)"
         )
+    if (spec.source, spec.name) == ("timm", LITE0) and spec.weights != "hub":
+        return Lite0Encoder(spec)
     return ADAPTERS[spec.source](spec)
 
 
@@ -90,7 +96,24 @@ class Encoder(nn.Module):
         return self
 
     def _measure(self) -> tuple[tuple[int, int], int]:
-        """Output shape, by a run on tensors that have shapes only."""
+        """Output shape, by a run on no pictures."""
+        size = self.spec.image_size
+        try:
+            try:
+                shape = self(torch.empty(0, 3, size, size)).shape
+            except RuntimeError:  # most Transformers cannot cut up what holds nothing
+                shape = self._shape_on_meta()
+        except (AssertionError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"encoder {self.spec.source}:{self.spec.name} cannot give layers "
+                f"{self.spec.layers} at {size} x {size} pixels: {error}"
+            ) from None
+        _, rows, columns, dim = shape
+        return (rows, columns), dim
+
+    def _shape_on_meta(self) -> torch.Size:
+        """By tensors that have shapes only. For these torch imports its compiler, a second or
+        more."""
 
         class Probe(nn.Module):
             def __init__(self, encoder: Encoder) -> None:
@@ -104,14 +127,22 @@ class Encoder(nn.Module):
         probe, size = Probe(self), self.spec.image_size
         shapes = {k: t.to("meta") for k, t in (*probe.named_parameters(), *probe.named_buffers())}
         picture = torch.empty(1, 3, size, size, device="meta")
-        try:
-            _, rows, columns, dim = torch.func.functional_call(probe, shapes, (picture,)).shape
-        except (AssertionError, IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"encoder {self.spec.source}:{self.spec.name} cannot give layers "
-                f"{self.spec.layers} at {size} x {size} pixels: {error}"
-            ) from None
-        return (rows, columns), dim
+        return torch.func.functional_call(probe, shapes, (picture,)).shape
+
+
+class Lite0Encoder(Encoder):
+    """timm's tf_efficientnet_lite0, without timm."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        network = EfficientNetLite0()
+        if spec.weights:
+            load_package_weights(network, spec.weights)
+        super().__init__(spec, network)
+
+    def maps(self, pictures: Float[Tensor, "B 3 S S"]) -> list[Tensor]:
+        *stages, last = self._network(pictures)
+        depths = sorted({range(len(stages))[i] for i in self.spec.layers if i != -1})
+        return [stages[i] for i in depths] + [last] * (-1 in self.spec.layers)
 
 
 class TimmEncoder(Encoder):
@@ -243,13 +274,14 @@ def align(grids: Sequence[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B h w d"]
     rows, columns = min((g.shape[1:3] for g in grids), key=lambda size: size[0] * size[1])
     folded = []
     for grid in grids:
-        factor, odd = divmod(grid.shape[1], rows)
-        if odd or grid.shape[2] != factor * columns:
+        k, odd = divmod(grid.shape[1], rows)
+        if odd or grid.shape[2] != k * columns:
             raise ValueError(
                 f"cannot align a grid of {grid.shape[1]} x {grid.shape[2]} patches with one of "
                 f"{rows} x {columns}: choose image sizes or layers whose grids are multiples"
             )
-        folded.append(F.pixel_unshuffle(grid.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1))
+        cells = grid.unflatten(2, (columns, k)).unflatten(1, (rows, k))  # B h k w k d
+        folded.append(cells.permute(0, 1, 3, 5, 2, 4).flatten(3))
     return torch.cat(folded, dim=-1)
 
 

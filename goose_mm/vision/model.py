@@ -52,8 +52,8 @@ class VisualRWKV7(nn.Module):
         self.lm = RWKV7LM(TextModel(backbone=config.backbone, text=config.text), tokenizer)
         encoders = [build_encoder(spec) for spec in vision.encoders]
         self.encoders = nn.ModuleList(encoders)
-        shapes = [torch.empty(1, *e.grid, e.dim, device="meta") for e in encoders]
-        _, rows, columns, d_in = align(shapes).shape
+        nothing = [torch.empty(0, *e.grid, e.dim) for e in encoders]
+        _, rows, columns, d_in = align(nothing).shape
         self.grid = (rows, columns)
         self.projector = build_projector(vision, config.backbone, d_in, self.grid)
         self._weights_seen: tuple[object, str] = (None, "")

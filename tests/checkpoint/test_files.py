@@ -71,6 +71,35 @@ def test_sharded_folders_are_read(tmp_path: Path) -> None:
             checkpoint.read_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "rwkv-final.pth", "Model.PTH", "x.pt"])
+def test_folders_of_pickles_alone_are_read(tmp_path: Path, name: str) -> None:
+    tensors = official_checkpoint()
+    saved(tmp_path, tensors, name)
+    saved(tmp_path, {"lr": 1e-4}, "training_args.bin")  # what a Trainer leaves beside it
+    saved(tmp_path, {"state": {}}, "optimizer.pt")
+    assert same(checkpoint.read_model(tmp_path)[1], checkpoint.to_goose(tensors)[1])
+    assert checkpoint.convert(tmp_path, tmp_path / "ours") == "goose"
+
+
+def test_sharded_pickles_are_read(tmp_path: Path) -> None:
+    tensors = official_checkpoint()
+    shards = {n: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, n in enumerate(tensors)}
+    for shard in set(shards.values()):
+        saved(tmp_path, {n: t for n, t in tensors.items() if shards[n] == shard}, shard)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    assert same(checkpoint.read_model(tmp_path)[1], checkpoint.to_goose(tensors)[1])
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")  # the better one counts
+    assert checkpoint.read_tensors(tmp_path).keys() == {"x"}
+
+
+def test_several_checkpoints_in_a_folder_are_a_choice(tmp_path: Path) -> None:
+    for name in ("rwkv-0.pth", "rwkv-1.pth"):
+        saved(tmp_path, official_checkpoint(), name)
+    with pytest.raises(ValueError, match=r"holds 2 checkpoints \(rwkv-0\.pth, rwkv-1\.pth\)"):
+        checkpoint.read_model(tmp_path)
+
+
 def test_convert_never_overwrites_unless_told(tmp_path: Path) -> None:
     start = saved(tmp_path, official_checkpoint())
     taken = tmp_path / "taken.pth"
@@ -84,7 +113,7 @@ def test_convert_never_overwrites_unless_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "to"),
-    [("a.safetensors", None), ("a.pt", None), ("folder", "rwkv"), ("a.pth", "fla")],
+    [("a.safetensors", None), ("A.PT", None), ("folder", "rwkv"), ("a.PTH", "fla")],
 )
 def test_convert_wants_a_fitting_name(
     tmp_path: Path, name: str, to: checkpoint.Layout | None
@@ -97,10 +126,12 @@ def test_convert_wants_a_fitting_name(
 
 def test_convert_keeps_the_tokenizer_and_refuses_other_modalities(tmp_path: Path) -> None:
     config, ours = checkpoint.to_goose(official_checkpoint())
-    (tmp_path / "tokenizer.json").write_text("{}")
-    checkpoint.save_model(tmp_path / "text", config, ours, [tmp_path / "tokenizer.json"])
+    files = ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "merges.txt"]
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    checkpoint.save_model(tmp_path / "text", config, ours, [tmp_path / name for name in files])
     checkpoint.convert(tmp_path / "text", tmp_path / "fla", "fla")
-    assert (tmp_path / "fla" / "tokenizer.json").read_text() == "{}"
+    assert all((tmp_path / "fla" / name).read_text() == "{}" for name in files)
     checkpoint.save_model(tmp_path / "sound", AudioModel(), {"x": torch.ones(2)})
     with pytest.raises(ValueError, match="only text models are converted"):
         checkpoint.convert(tmp_path / "sound", tmp_path / "sound.pth")

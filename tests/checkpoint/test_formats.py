@@ -1,6 +1,7 @@
 """Three layouts of RWKV-7: sizes read from shapes, names translated there and back bit for bit."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -164,6 +165,66 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert same(checkpoint.to_goose(fla)[1], ours | {"head.weight": ours["emb.weight"]})
 
 
+def test_fla_norms_without_a_bias_have_one_of_0() -> None:
+    config, ours = checkpoint.to_goose(official_checkpoint())
+    biases = [n for n in ours if n.endswith(".bias") and "ln_x" not in n]  # ln_x keeps its own
+    zeros = {n: torch.zeros_like(ours[n]) for n in biases}
+    fla = checkpoint.from_goose(config, ours | zeros, "fla")
+    stated = checkpoint.fla_config(config) | {"norm_bias": False}
+    lacking = {n: t for n, t in fla.items() if not re.search(r"(?<!g_)norm\.bias", n)}
+    assert len(lacking) == len(fla) - len(biases)
+    for tensors in (lacking, checkpoint.from_goose(config, ours, "fla")):  # fla skips what is there
+        assert same(checkpoint.to_goose(tensors, stated)[1], ours | zeros)
+    with pytest.raises(ValueError, match="missing"):
+        checkpoint.to_goose(lacking, stated | {"norm_bias": True})
+
+
+def test_fla_ties_the_head_where_its_configuration_says_so() -> None:
+    config, ours = checkpoint.to_goose(official_checkpoint())
+    fla, stated = checkpoint.from_goose(config, ours, "fla"), checkpoint.fla_config(config)
+    tied = checkpoint.to_goose(fla, stated | {"tie_word_embeddings": True})[1]
+    assert tied["head.weight"].equal(ours["emb.weight"])
+    del fla["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"missing \(head\.weight\)"):
+        checkpoint.to_goose(fla, stated)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "silu"),
+        ("norm_eps", 1e-6),
+        ("norm_first", False),
+        ("attn", {"layers": [1], "num_heads": 2}),
+        ("quantization_config", {"bits": 4}),
+        ("num_hidden_layers", 1),
+        ("hidden_size", 64),
+        ("head_dim", 32),
+        ("vocab_size", 299),
+        ("intermediate_size", 256),
+        ("value_dim", 256),
+        ("value_dim", [128, 256]),
+        ("gate_low_rank_dim", 32),
+    ],
+)
+def test_fla_fields_that_ask_for_other_mathematics_are_refused(field: str, value: object) -> None:
+    config, ours = checkpoint.to_goose(official_checkpoint())
+    fla, stated = checkpoint.from_goose(config, ours, "fla"), checkpoint.fla_config(config)
+    assert same(checkpoint.to_goose(fla, stated)[1], ours)
+    with pytest.raises(ValueError, match=rf"config\.json says {field} = ") as error:
+        checkpoint.to_goose(fla, stated | {field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_fla_reads_heads_by_number_or_size() -> None:
+    config, ours = checkpoint.to_goose(official_checkpoint())
+    fla, stated = checkpoint.from_goose(config, ours, "fla"), checkpoint.fla_config(config)
+    for heads in ({"num_heads": None}, {"head_dim": None}, {"num_heads": 7}, {"value_dim": None}):
+        assert same(checkpoint.to_goose(fla, stated | heads)[1], ours)
+    with pytest.raises(ValueError, match="num_heads = 4"):
+        checkpoint.to_goose(fla, stated | {"head_dim": None, "num_heads": 4})
+
+
 # there and back
 
 
@@ -186,27 +247,65 @@ def test_there_and_back_is_bit_exact(layout: checkpoint.Layout, dtype: torch.dty
 # what is not a checkpoint of RWKV-7
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("blocks.0.att.time_first", "RWKV-4"),
-        ("rwkv.blocks.0.attention.time_decay", "RWKV-4"),
-        ("blocks.0.att.time_faaaa", "RWKV-5"),
-        ("blocks.0.att.time_maa_x", "RWKV-6"),
-        ("blocks.0.ffn.s_emb.weight", "DeepEmbed"),
-        ("blocks.0.qkv.s_emb.weight", "DeepEmbed"),
-        ("blocks.0.att.time_state", "state-tuned"),
-        ("blocks.0.att.receptance.lora_A", "adapter"),
-        ("rwkv.blocks.0.att.r_k", "VisualRWKV"),
-        ("model.layers.0.self_attn.q_proj.weight", "no RWKV-7 text model: 1 tensors, model.layers"),
+R_K = "blocks.0.att.r_k"
+ALIKE = {  # what an RWKV-7 text model may be taken for
+    "RWKV-4": ["blocks.0.att.time_first"],
+    "an RWKV-4": ["rwkv.blocks.0.attention.time_decay"],
+    "RWKV-5": ["blocks.0.att.time_faaaa", "blocks.0.att.gate.weight"],
+    "RWKV-6": ["blocks.0.att.time_maa_x", "blocks.0.att.gate.weight"],
+    "DeepEmbed": ["blocks.0.ffn.s_emb.weight"],
+    "7b checkpoint .DeepEmbed": ["blocks.0.qkv.s_emb.weight"],
+    "state-tuned": ["blocks.0.att.time_state"],
+    "an adapter": ["blocks.0.att.receptance.lora_A"],
+    "a VisualRWKV-7 checkpoint": [
+        f"rwkv.{R_K}", "vit.dino_featurizer.blocks.0.attn.qkv.weight", "proj.gate.weight",
     ],
-)
-def test_other_files_are_named(name: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        checkpoint.detect({name: torch.ones(1)})
-    if "no RWKV-7" not in says:  # also beside the tensors of a model
-        with pytest.raises(ValueError, match=says):
-            checkpoint.to_goose(official_checkpoint() | {name: torch.ones(1)})
+    "VisualRWKV checkpoint of an older RWKV": ["rwkv.blocks.0.att.time_maa_x", "vit.pos_embed"],
+    "a ModRWKV checkpoint": [f"llm.{R_K}", "proj.mlp.0.weight"],
+    "ModRWKV": ["modality.world_encoder.adapter.proj.0.weight"],
+    "an AudioRWKV checkpoint": ["pos_embed", R_K, "blocks.0.att.time_shift.weight"],
+}  # fmt: skip
+UNLIKE = {
+    "the visual half of a VisualRWKV": ["proj.o_proj.weight", "vit.sam.blocks.0.attn.qkv.weight"],
+    "audio model of goose_mm": ["backbone.blocks.0.att.a0", "patch.proj.weight"],
+    "a vision.* model of goose_mm": ["lm.backbone.blocks.0.att.a0", "projector.proj.weight"],
+    "flash-linear-attention": ["model.embeddings.weight", "model.layers.0.attn.q_proj.weight"],
+    "timm": ["pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"],
+    "open_clip": ["logit_scale", "visual.trunk.blocks.0.attn.qkv.weight"],
+    "SigLIP model of transformers": ["vision_model.encoder.layers.0.self_attn.q_proj.weight"],
+    "SAM": ["image_encoder.blocks.0.attn.qkv.weight", "mask_decoder.iou_token.weight"],
+    "LLaMA": ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"],
+    "GPT-2": ["transformer.h.0.attn.c_attn.weight"],
+    "Mamba": ["backbone.layers.0.mixer.A_log"],
+    "BERT": ["bert.encoder.layer.0.attention.self.query.weight"],
+    "2 tensors, a, b": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("says", ALIKE)
+def test_files_like_a_text_model_are_named(says: str) -> None:
+    other = {name: torch.ones(1) for name in ALIKE[says]}
+    for tensors in (other, official_checkpoint() | other):  # also beside the tensors of a model
+        with pytest.raises(ValueError, match=f"this is.*{says}"):
+            checkpoint.to_goose(tensors)
+
+
+@pytest.mark.parametrize("says", UNLIKE)
+def test_other_models_are_named(says: str) -> None:
+    with pytest.raises(ValueError, match=f"no RWKV-7 text model.*{says}") as error:
+        checkpoint.to_goose({name: torch.ones(1) for name in UNLIKE[says]})
+    assert "DeepEmbed" not in str(error.value)
+
+
+def test_other_files_are_named_behind_wrappers_too() -> None:
+    names = [f"module.{name}" for name in ALIKE["an AudioRWKV checkpoint"]]
+    with pytest.raises(ValueError, match="an AudioRWKV checkpoint"):
+        checkpoint.to_goose({name: torch.ones(1) for name in names})
+
+
+def test_other_models_are_named_by_their_configuration() -> None:
+    with pytest.raises(ValueError, match="it looks like rwkv6qwen2"):
+        checkpoint.to_goose({"weird.weight": torch.ones(1)}, {"model_type": "rwkv6qwen2"})
 
 
 @pytest.mark.parametrize(

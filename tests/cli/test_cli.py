@@ -7,10 +7,11 @@ import io
 import json
 import os
 import pickle
+import re
+import resource
 import struct
 import subprocess
 import sys
-import time
 import warnings
 import wave
 import zlib
@@ -39,12 +40,6 @@ from goose_mm.text.chat import Chat
 
 SMALL = BackboneConfig(dim=32, num_layers=1, head_size=16)
 HELP = [[verb, "--help"] for verb in cli.VERBS] + [["train", r, "--help"] for r in recipe_names()]
-
-
-def goose(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    command = [sys.executable, "-m", "goose_mm", *argv]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -114,25 +109,37 @@ def test_help_is_printed_on_stdout(argv, capsys):
     assert "usage: goose-mm" in out and err == ""
 
 
-def test_help_imports_no_torch_and_is_quick():
+@pytest.mark.parametrize("argv", [[], ["eval"], ["train", "text_tiny"], ["ask"]], ids=" ".join)
+def test_help_imports_no_torch_and_is_quick(argv):
     code = (
         "import sys, goose_mm.cli\n"
-        "try: goose_mm.cli.main(['train', 'text_tiny', '--help'])\n"
+        f"try: goose_mm.cli.main({[*argv, '--help']})\n"
         "finally: assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), sorted(sys.modules)"
     )
+
+    def seconds() -> float:  # of work, whatever else the machine does
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = seconds()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        times.append(time.perf_counter() - start)
+        times.append(seconds() - before)
         assert done.returncode == 0, done.stderr
-        assert "--train.lr FLOAT" in done.stdout
+        assert " ".join(["usage: goose-mm", *argv]) in done.stdout
     assert min(times) < 1.0
 
 
-def test_version(capsys):
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("goose-mm 0.")
+def test_help_lists_every_verb_with_what_it_is_for(capsys):
+    for argv in ([], ["-h"], ["--help"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(argv)
+        assert stop.value.code == 0
+        out, err = capsys.readouterr()
+        assert err == "" and all(len(line) <= 100 for line in out.splitlines())
+        for verb, function in cli.VERBS.items():
+            assert re.search(rf"^  {verb} +{function.__doc__[:20]}", out, re.M)
 
 
 # wrong command lines
@@ -429,35 +436,3 @@ def test_chat_reads_a_pipe(models, monkeypatch, capsys):
         assert cli.main([*command, *flags]) == 0
         out, err = capsys.readouterr()
         assert out == "reply\n" * replies and err == ""
-
-
-# the process
-
-
-def test_interrupt_is_quiet(monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(hub, "open_model", interrupted)
-    assert cli.main(["chat"]) == 130
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_reader_that_leaves_is_no_error():
-    code = (
-        "import sys; from goose_mm import cli\n"
-        "cli.VERBS['doctor'] = lambda: print('x\\n' * 1_000_000)\n"
-        "sys.exit(cli.main(['doctor']))"
-    )
-    command = f'"{sys.executable}" -c "$CODE" | head -1'
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command],
-        env={**os.environ, "CODE": code}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "x\n", "")
-
-
-def test_the_module_is_the_command():
-    done = goose("tag", "no such file.wav")
-    assert done.returncode == 2
-    assert (done.stdout, done.stderr) == ("", "goose-mm: no such file.wav: no such file\n")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -112,6 +113,51 @@ def test_an_interrupted_save_leaves_the_old_one(books, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         train(recipe(books), tmp_path, device="cpu", until=4, quiet=True)
     assert (tmp_path / "resume.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("file", ["resume.pt", "model.safetensors", "metrics.jsonl"])
+def test_a_full_disk_leaves_the_last_checkpoint(books, tmp_path, file):
+    """Whichever file meets it first; and the run goes on as if nothing had happened."""
+    # what resuming needs is the larger file, unless little of the model is trained
+    part = ("head.",) if file == "model.safetensors" else ()
+    r = recipe(books, save_every=2, trainable=part)
+    train(r, tmp_path / "whole", device="cpu", quiet=True)
+    out = tmp_path / "parts"
+    train(r, out, device="cpu", until=2, quiet=True)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[file]) - 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            train(r, out, device="cpu", quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value.filename).endswith(file)
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert after.pop("metrics.jsonl") and before.pop("metrics.jsonl") and after == before
+    train(r, out, device="cpu", quiet=True)
+    whole, parts = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    a, b = ((tmp_path / d / "metrics.jsonl").read_text() for d in ("whole", "parts"))
+    assert a == b
+
+
+def test_half_a_line_of_metrics_is_dropped(books, tmp_path):
+    train(recipe(books), tmp_path, device="cpu", until=2, quiet=True)
+    metrics = tmp_path / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"step": 3, "lo')
+    train(recipe(books), tmp_path, device="cpu", until=2, quiet=True)
+    assert metrics.read_text() == whole
+
+
+def test_a_damaged_checkpoint_is_named(books, tmp_path):
+    train(recipe(books), tmp_path, device="cpu", until=1, quiet=True)
+    path = tmp_path / "resume.pt"
+    for content in (path.read_bytes()[:1000], b"", b"what"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"resume\.pt is damaged; remove it"):
+            train(recipe(books), tmp_path, device="cpu", quiet=True)
 
 
 def test_groups_are_the_official_ones():

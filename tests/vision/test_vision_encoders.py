@@ -1,6 +1,8 @@
 """Encoders: every source gives the layers it promises, on a grid, frozen; grids align or refuse."""
 
 import json
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -34,12 +36,48 @@ def lite0():
     return build_encoder(spec)
 
 
-def test_lite0_gives_its_stages_on_the_coarsest_grid(lite0):
+@pytest.fixture(scope="module")
+def timms(lite0):
+    """timm's own network, with the same weights: names and shapes are the same, too."""
+    import timm
+
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    assert list(network.state_dict()) == list(lite0._network.state_dict())
+    network.load_state_dict(lite0._network.state_dict())
+    return network.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [33, 64, 90])
+def test_lite0_is_timms_bit_for_bit(lite0, timms, size):
+    x = pictures(size).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        last, stages = timms.forward_intermediates(x)
+        assert all(torch.equal(a, b) for a, b in zip(lite0._network(x), stages, strict=False))
+        assert torch.equal(lite0._network(x)[-1], last)
+    spec = EncoderSpec(weights=LITE0, image_size=size, layers=(4, 0, -1, -3))
+    if size % 32 == 0:  # whole cells on every map
+        encoder, depth = build_encoder(spec), [0, 2, 4]
+        expected = align([m.permute(0, 2, 3, 1) for m in (*(stages[i] for i in depth), last)])
+        assert torch.equal(encoder(x), expected) and encoder(x).shape[1:3] == encoder.grid
+
+
+def test_lite0_imports_no_library_of_models():
+    code = (
+        "import sys; from goose_mm.config import EncoderSpec\n"
+        "from goose_mm.vision.encoders import build_encoder\n"
+        f"build_encoder(EncoderSpec(weights={LITE0!r}))\n"
+        "print(*{'timm', 'torchvision', 'torch._dynamo', 'sympy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+def test_lite0_gives_its_stages_on_the_coarsest_grid(lite0, timms):
     """Shape, order of channels and space-to-depth, against timm called by hand."""
     x = pictures(64)
     out = lite0(x)
     assert out.shape == (2, *lite0.grid, lite0.dim) == (2, 2, 2, 4 * 112 + 1280)
-    network = lite0._network
+    network, x = timms, x.to(memory_format=torch.channels_last)
     with torch.no_grad():
         last = network.forward_features(x)
         stage = network.forward_intermediates(x, intermediates_only=True)[3]
