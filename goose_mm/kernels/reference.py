@@ -14,6 +14,8 @@ from torch import Tensor
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
 
+Size = int | torch.SymInt  # the latter where a tracer leaves T or S open
+
 
 def reference(
     r: Float[Tensor, "B T H N"],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from goose_mm.kernels.chunked.chunks import BackWork, Masks, Work, outputs, run, run_back
 from goose_mm.kernels.chunked.spans import CHUNK, SPAN, plan
-from goose_mm.kernels.reference import reference, saved_states, work_dtype
+from goose_mm.kernels.reference import Size, reference, saved_states, work_dtype
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
 # K states between spans
@@ -34,7 +34,7 @@ def lowest_log_w(dtype: torch.dtype) -> float:
     return LOWEST_LOG_W
 
 
-def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: Size, save: bool) -> Tensor:
     """Room for the states a backward pass needs: [D, K, B, H, N, N], K = 0 if none."""
     B, T, H, N = r.shape
     K = saved_states(T, SPAN, save)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goose_mm.kernels.cuda import nvrtc
-from goose_mm.kernels.reference import saved_states
+from goose_mm.kernels.reference import Size, saved_states
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
 # K saved states, between segments of some chunks
@@ -83,7 +83,7 @@ def segment(device: torch.device, dtype: torch.dtype, head_size: int) -> int:
     return next((chunks for wanted, chunks in choices if wanted <= most), 0)
 
 
-def spacing(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> int:
+def spacing(r: Float[Tensor, "B T H N"], directions: int, states: Size, save: bool) -> int:
     """Chunks between saved states; EVERY for the wide kernels."""
     _, _, H, N = r.shape
     if N == 64 and r.dtype.itemsize == 2 and granted(r.device) >= WIDE:
@@ -93,7 +93,7 @@ def spacing(r: Float[Tensor, "B T H N"], directions: int, states: int, save: boo
     return segment(r.device, r.dtype, N)
 
 
-def room(r: Float[Tensor, "B T H N"], states: int) -> int:
+def room(r: Float[Tensor, "B T H N"], states: Size) -> Size:
     """What the wide kernels save of a direction, in numbers of 16 bits: as much as gradients take.
 
     First where the gradient of the states will lie, in float32, then where those of the inputs.
@@ -113,7 +113,7 @@ def lowest_log_w(dtype: torch.dtype) -> float:
     return LOWEST_LOG_W
 
 
-def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: Size, save: bool) -> Tensor:
     """For what a backward pass needs: states [D, K, B, H, N, N] in float16, K = 0 if none.
 
     Of the wide kernels [D, room], in the type of r.

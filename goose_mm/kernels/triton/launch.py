@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from goose_mm.kernels.reference import saved_states
+from goose_mm.kernels.reference import Size, saved_states
 
 # B batch, T tokens, H heads, N head size, S states (B, or packed sequences), D directions
 # K saved states, between chunks of CHUNK tokens
@@ -79,7 +79,7 @@ def lowest_log_w(dtype: torch.dtype) -> float:
     return WORK[dtype][1]
 
 
-def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: int, save: bool) -> Tensor:
+def empty_saved(r: Float[Tensor, "B T H N"], directions: int, states: Size, save: bool) -> Tensor:
     """Room for the states a backward pass needs: [D, K, B, H, N, N], K = 0 if none."""
     B, T, H, N = r.shape
     K = saved_states(T, CHUNK, save)
