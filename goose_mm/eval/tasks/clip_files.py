@@ -7,7 +7,6 @@ order of the files, and any part of it may be skipped.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -83,17 +82,9 @@ def waveform(
 
     Raises ValueError when the sound cannot be decoded; `name` says which it is.
     """
-    import soundfile
-
-    if isinstance(sound, Path):
-        return load_audio(sound, sample_rate)
-    if isinstance(sound, bytes):
-        try:
-            sound, rate = soundfile.read(io.BytesIO(sound), dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{name}: cannot decode: {error.error_string}") from None
-        sound = sound.mean(1)
-    return as_waveform(sound, float(rate or 0), sample_rate, name)
+    if isinstance(sound, np.ndarray):
+        return as_waveform(sound, float(rate or 0), sample_rate, name)
+    return load_audio(sound, sample_rate, name)
 
 
 def stem(name: str) -> str:

@@ -49,7 +49,7 @@ class PictureTask(Task):
         return None if self.options.blind or not file else Path(file)
 
     def decode(self, source: Path | None, model: Any) -> Any:
-        from goose_mm.vision.preprocess import load_image
+        from goose_mm.vision.decode import load_image
 
         return None if source is None else load_image(source)
 
