@@ -14,8 +14,6 @@ def must_exist(path: str) -> None:
 
 
 def read_stdin() -> bytes:
-    if sys.stdin is None:
-        raise ValueError("- stands for stdin, which is closed")
     return sys.stdin.buffer.read()
 
 

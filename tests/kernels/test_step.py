@@ -50,14 +50,19 @@ def test_the_definition_is_the_model_at_one_token(layers):
         assert error(mine, exact) < 1e-12
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 3), (torch.float16, 11)])
-def test_kernels_are_the_definition(dtype, rows, emulated_step):  # noqa: F811
+@pytest.mark.parametrize(
+    ("dtype", "rows", "sizes"),
+    [
+        (torch.bfloat16, 3, {"layers": 2, "dim": 192}),
+        (torch.float16, 11, {"layers": 2, "dim": 128}),
+        (torch.bfloat16, 69, {"layers": 1, "dim": 64}),
+    ],
+)
+def test_kernels_are_the_definition(dtype, rows, sizes, emulated_step):  # noqa: F811
     """No worse than the model itself in that dtype; rows of padding leave everything alone."""
-    model = lm()
-    state, tokens = memory(model, rows), torch.randint(77, (rows,))
-    half = lm(dtype)
-    exact = half.double()
-    rough, kept = lm(dtype), State(*(t.to(dtype) for t in state[:2]), state.wkv.float())
+    rough, exact = lm(dtype, **sizes), lm(dtype, **sizes).double()
+    state, tokens = memory(rough, rows), torch.randint(77, (rows,))
+    kept = State(*(t.to(dtype) for t in state[:2]), state.wkv.float())
     with torch.no_grad():
         logits, after = exact(tokens[:, None], State(*(t.double() for t in kept)))
         rough_logits, rough_after = rough(tokens[:, None], kept)

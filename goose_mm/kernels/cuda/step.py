@@ -195,13 +195,14 @@ class Step:
         self, gates: Gates, state: Float[Tensor, "slots H N N"], slots: Int[Tensor, " B"]
     ) -> None:
         H, ranks = state.shape[1], zip("WAVG", self.weights.ranks, strict=True)
-        sizes = {"C": self.C, "A_MAX": f"{gates.a_max:.9f}f"} | {f"RANK_{x}": r for x, r in ranks}
-        parts = -(-self.width // (8 if self.width <= 64 else 32))
+        rows = 8 if self.width <= 64 else 32
+        sizes = {"ROWS": rows, "C": self.C, "A_MAX": f"{gates.a_max:.9f}f"}
+        sizes |= {f"RANK_{x}": rank for x, rank in ranks}
         self.launch(
-            "step_gates", sizes, (H, parts),
+            "step_gates", sizes, (H, -(-self.width // rows)),
             *self.rkv, self.hidden, gates.w2, gates.a2, gates.v2, gates.g2,
             gates.w0, gates.a0, gates.v0, gates.k_k, gates.k_a, gates.r_k,
-            self.v_first, self.made, self.bonus, self.width, parts,
+            self.v_first, self.made, self.bonus, self.width,
         )  # fmt: skip
         self.launch(
             "step_state", {"C": self.C}, (H, self.width),
