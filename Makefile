@@ -30,15 +30,14 @@ $(DEV): requirements-dev.lock pyproject.toml
 	$(install)
 	@touch $(RUN)
 
-# uv is quick; pip installs the same lock where uv cannot reach the index. Both compile what they
-# install, so that the first start is as quick as the next.
+# uv is quick; pip installs the same lock where uv cannot reach the index.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing the $$(grep -c '^[a-z].*==' $<) packages of $< into $(VENV) (a few minutes) ..." >&2
 	@{ $(BIN)/pip install --quiet uv && \
-		$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r $< -e .; } || \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python -r $< -e .; } || \
 	{ $(BIN)/pip install --quiet -r $< && \
 		$(BIN)/pip install --quiet --no-deps -e .; }
 	@touch $@

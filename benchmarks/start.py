@@ -3,8 +3,9 @@
     python benchmarks/start.py            # two minutes
     python benchmarks/start.py --quick    # one round, writes nothing
 
-Every command runs in a process of its own, and all take turns, so that each sees the same load. An
-answer is held against what it cannot do without: importing torch and reading the weights.
+Every command runs in a process of its own, and all take turns, so that each sees the same load; the
+least of each counts, which was disturbed least. An answer is held against what it cannot do
+without: importing torch and reading the weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -73,7 +73,7 @@ def main() -> None:
             found = run(command)
             times[name] += [found] if turn else []
     for i, measure in enumerate(("seconds", "seconds_of_work")):
-        each = {name: statistics.median(found[i] for found in some) for name, some in times.items()}
+        each = {name: min(found[i] for found in some) for name, some in times.items()}
         report[measure] = {name: round(value, 2) for name, value in each.items()}
         ratio = each["ask"] / each["torch and weights"]
         report[measure] |= {"ask / torch and weights": round(ratio, 2)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _loading: ContextVar[bool] = ContextVar("loading", default=False)
 
@@ -22,13 +23,27 @@ _loading: ContextVar[bool] = ContextVar("loading", default=False)
 def uninitialised() -> Iterator[None]:
     """Models built inside keep what happens to be in memory: their weights are loaded next.
 
-    Orthogonal matrices are slow to draw, too slow to be drawn in vain.
+    Orthogonal matrices are slow to draw, too slow to be drawn in vain, and so is what torch's own
+    layers draw for themselves.
     """
     token = _loading.set(True)
     try:
-        yield
+        with _NothingDrawn():
+            yield
     finally:
         _loading.reset(token)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out the random start of nn.Linear and nn.Conv2d."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_):
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -24,11 +24,8 @@ STAGES = (  # repeats, kernel, stride, expansion, channels
 LAST = (0, 1, 2, 4, 6)  # the last stage of each stride
 
 
-class SameConv(nn.Conv2d):
+class StridedConv(nn.Conv2d):
     """Padded as TensorFlow does: ceil(n / stride) cells, an odd one more at the far edge."""
-
-    def __init__(self, width: int, out: int, kernel: int, stride: int, groups: int = 1) -> None:
-        super().__init__(width, out, kernel, stride, groups=groups, bias=False)
 
     def forward(self, input: Float[Tensor, "B d h w"]) -> Float[Tensor, "B e i j"]:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -37,6 +34,12 @@ class SameConv(nn.Conv2d):
         across = max((-(-columns // stride) - 1) * stride + kernel - columns, 0)
         edges = (across // 2, across - across // 2, down // 2, down - down // 2)
         return super().forward(F.pad(input, edges))
+
+
+def conv(width: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    if stride == 1:
+        return nn.Conv2d(width, out, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return StridedConv(width, out, kernel, stride, groups=groups, bias=False)
 
 
 def norm(width: int) -> nn.BatchNorm2d:
@@ -48,8 +51,8 @@ class Separable(nn.Module):
 
     def __init__(self, width: int, out: int, kernel: int, stride: int) -> None:
         super().__init__()
-        self.conv_dw, self.bn1 = SameConv(width, width, kernel, stride, groups=width), norm(width)
-        self.conv_pw, self.bn2 = SameConv(width, out, 1, 1), norm(out)
+        self.conv_dw, self.bn1 = conv(width, width, kernel, stride, width), norm(width)
+        self.conv_pw, self.bn2 = conv(width, out, 1), norm(out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn2(self.conv_pw(F.relu6(self.bn1(self.conv_dw(x)))))
@@ -62,9 +65,9 @@ class Inverted(nn.Module):
         super().__init__()
         wide = expansion * width
         self.skips = width == out and stride == 1
-        self.conv_pw, self.bn1 = SameConv(width, wide, 1, 1), norm(wide)
-        self.conv_dw, self.bn2 = SameConv(wide, wide, kernel, stride, groups=wide), norm(wide)
-        self.conv_pwl, self.bn3 = SameConv(wide, out, 1, 1), norm(out)
+        self.conv_pw, self.bn1 = conv(width, wide, 1), norm(wide)
+        self.conv_dw, self.bn2 = conv(wide, wide, kernel, stride, wide), norm(wide)
+        self.conv_pwl, self.bn3 = conv(wide, out, 1), norm(out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu6(self.bn1(self.conv_pw(x)))
@@ -79,7 +82,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv_stem, self.bn1 = SameConv(3, 32, 3, 2), norm(32)
+        self.conv_stem, self.bn1 = conv(3, 32, 3, 2), norm(32)
         self.blocks, width = nn.Sequential(), 32
         for repeats, kernel, stride, expansion, out in STAGES:
             stage = nn.Sequential()
@@ -91,7 +94,7 @@ class EfficientNetLite0(nn.Module):
                 )
                 width = out
             self.blocks.append(stage)
-        self.conv_head, self.bn2 = SameConv(width, 1280, 1, 1), norm(1280)
+        self.conv_head, self.bn2 = conv(width, 1280, 1), norm(1280)
         self.classifier = nn.Linear(1280, 1000)
 
     def forward(self, pictures: Float[Tensor, "B 3 S S"]) -> list[Float[Tensor, "B _ _ _"]]:
