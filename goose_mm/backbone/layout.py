@@ -13,22 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goose_mm.backbone.block import Block
 from goose_mm.backbone.channel_mix import ChannelMix
 from goose_mm.backbone.model import RWKV7
 from goose_mm.backbone.time_mix import TimeMix
 from goose_mm.backbone.token_shift import TokenShift
 from goose_mm.kernels.step import Gates, Layer, Norm, Weights
 
-PLAIN = (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding, TimeMix, ChannelMix, TokenShift)
+PLAIN = (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.ModuleList)
+PLAIN += (RWKV7, Block, TimeMix, ChannelMix, TokenShift)
 
 
 def plain(embedding: nn.Module, backbone: RWKV7, head: nn.Module) -> bool:
     """Whether a step may read the weights itself: no part is replaced or hooked by others."""
     parts = [embedding, head, *backbone.modules()]
     return not backbone.config.bidirectional and not any(
-        part._forward_hooks
+        type(part) not in PLAIN
+        or part._forward_hooks
         or part._forward_pre_hooks
-        or (not list(part.children()) and type(part) not in PLAIN)
         or any(type(p) is not nn.Parameter for p in part._parameters.values() if p is not None)
         for part in parts
     )
@@ -44,6 +46,7 @@ def lay_out(embedding: nn.Embedding, backbone: RWKV7, head: nn.Linear) -> Weight
         tuple(layer_of(block) for block in blocks),
         norm_of(backbone.ln_out),
         head.weight.detach(),
+        backbone.config.head_size,
     )
 
 

@@ -8,7 +8,6 @@ The residual stream is float32 at least.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,10 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from goose_mm.kernels.reference import work_dtype
+from goose_mm.kernels.wkv7 import RWKV7_LOWEST
 
 # B rows, C channels, H heads, N head size, M mixes, K columns of a matrix
 
-DECAY_FLOOR = -math.exp(-0.5)  # log_w lies in (DECAY_FLOOR, 0)
 EPS = 1e-5  # of norms over C; per channel of a head, of norms over a head
 
 
@@ -78,6 +77,7 @@ class Weights(NamedTuple):
     layers: tuple[Layer, ...]
     norm: Norm
     head: Float[Tensor, "V C"]
+    head_size: int
 
     @property
     def ranks(self) -> tuple[int, int, int, int]:
@@ -153,7 +153,7 @@ def mix(
     """
     B, H, N, _ = wkv.shape
     decay, a = wide(F.linear(hidden[0], gates.w2)), wide(F.linear(hidden[1], gates.a2))
-    decay = torch.exp(DECAY_FLOOR * torch.sigmoid(decay + wide(gates.w0)))
+    decay = torch.exp(RWKV7_LOWEST * torch.sigmoid(decay + wide(gates.w0)))
     a = torch.sigmoid(a + wide(gates.a0))
     g = wide(F.linear(hidden[-1], gates.g2))
     r, k, v = wide(r), wide(k), wide(v)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import compiler, emulated_step  # noqa: F401
+from emulator import compiled, compiler, emulated_step  # noqa: F401
 
 from goose_mm.backbone import State
 from goose_mm.backbone.layout import lay_out
@@ -35,6 +35,24 @@ def memory(model, rows):
 
 def error(got, exact):
     return float((got.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("K", "apart"), [(768, False), (3072, True), (8192, True)])
+def test_shared_memory_is_what_is_asked_for(K, apart, compiler):  # noqa: F811
+    chunks = cuda.chunks_of_few(K, cuda.parts_of_few(K, apart))
+    flags = ("-DIO=bf16", f"-DCOLUMNS={cuda.FEW}", f"-DCHUNKS={chunks}")
+    assert compiled("step_linear", flags).shared_size() == cuda.shared_of_few(K, apart)
+
+
+def test_says_what_it_cannot_take(monkeypatch):
+    monkeypatch.setattr(cuda, "granted", lambda device: 232_448)
+    device, model = torch.device("cuda"), lm(torch.bfloat16)
+    weights = lay_out(model.emb, model.backbone, model.head)
+    assert "shared memory" not in cuda.unavailable(device, weights)
+    assert "heads of 64, not 32" in cuda.unavailable(device, weights._replace(head_size=32))
+    assert "NVIDIA GPU" in cuda.unavailable(torch.device("cpu"), weights)
+    monkeypatch.setattr(cuda, "granted", lambda device: 90_000)
+    assert "there are 90000" in cuda.unavailable(device, weights)
 
 
 @pytest.mark.parametrize("layers", [1, 3])

@@ -37,6 +37,15 @@ def larger(dtype=torch.bfloat16, layers=3, dim=128, device="cpu"):
     return model.to(device, dtype).eval()
 
 
+class Doubled(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
 @pytest.fixture
 def model():
     return larger(torch.float64, layers=2, dim=64)
@@ -53,12 +62,19 @@ def test_prompts_in_pieces_are_prompts_as_a_whole(model, monkeypatch):
 
 
 def test_steps_are_the_model_one_token_on(model):
-    """Also through modules that somebody has hooked, which are not passed by."""
+    """Also through modules that somebody has hooked or wrapped, which are not passed by."""
     prompts = prompts_of(3, 9, vocab=model.config.text.vocab_size)
     hooked, seen = copy.deepcopy(model), []
     hooked.backbone.blocks[0].register_forward_hook(lambda *_: seen.append(1))
     assert torch.equal(tokens_of(model, prompts), tokens_of(hooked, prompts))
     assert len(seen) == 8  # one prefill, seven steps
+    wrapped, att = copy.deepcopy(model), model.backbone.blocks[0].att
+    doubled = Doubled(copy.deepcopy(att.key))
+    wrapped.backbone.blocks[0].att.key = doubled
+    found = tokens_of(wrapped, prompts)
+    with torch.no_grad():
+        model.backbone.blocks[0].att.key.weight.mul_(2)
+    assert torch.equal(found, tokens_of(model, prompts))
 
 
 def test_the_state_that_is_given_stays(model):

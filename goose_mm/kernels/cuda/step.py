@@ -27,6 +27,7 @@ MADE = 6  # enum Made of step.cuh
 MOST = 7  # matrices of a launch
 PARTS = 8  # of the columns of a matrix, whose sums are kept apart until the next norm
 CHUNK, HEIGHT = 512, 16  # columns and rows of a matrix that step_linear.cu takes at once
+FEW = 4  # rows that step_linear.cu takes at most
 LIBRARY = 1.2e9  # operations from which on the library is faster, for more than 32 rows
 
 
@@ -37,10 +38,33 @@ def unavailable(device: torch.device, weights: Weights) -> str:
         return f"a step needs an NVIDIA GPU of compute capability 8.0, the weights are on {device}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"a step takes bfloat16 and float16, not {dtype}"
+    if weights.head_size != HEAD_SIZE:
+        return f"a step takes heads of {HEAD_SIZE}, not {weights.head_size}"
     F = weights.layers[0].key.shape[0]
     if C % 64 or F % 64 or any(rank % 32 for rank in weights.ranks):
         return f"a step takes widths in 64s and ranks in 32s, not {C}, {F} and {weights.ranks}"
+    wanted = max(shared_of_few(C, False), shared_of_few(F, True))
+    if granted(device) < wanted:
+        return f"a step needs {wanted} bytes of shared memory a block, there are {granted(device)}"
     return nvrtc.missing()
+
+
+def parts_of_few(K: int, apart: bool) -> int:
+    """Into how many parts `step_linear.cu` cuts the columns."""
+    return next(p for p in (4, 2, 1) if p == 1 or (apart and 3 * p <= -(-K // CHUNK)))
+
+
+def chunks_of_few(K: int, parts: int) -> int:
+    """How many chunks the longest part of the columns has."""
+    chunks = -(-K // CHUNK)
+    return -(-chunks // parts)
+
+
+def shared_of_few(K: int, apart: bool) -> int:
+    """The shared memory that a block of `step_linear.cu` takes for FEW rows."""
+    chunks = chunks_of_few(K, parts_of_few(K, apart))
+    buffers = 4 // max(chunks - 1, 1) + 2
+    return 65_536 + 2 * buffers * FEW * (chunks * CHUNK + 32) + 640 * FEW
 
 
 class Product(NamedTuple):
@@ -156,12 +180,10 @@ class Step:
         K = product.weights[0].shape[1]
         if B > 32 and product.operations > LIBRARY:
             return self.multiply_by_library(product)
-        if B <= 4:
-            chunks = -(-K // CHUNK)
-            parts = next(p for p in (4, 2, 1) if p == 1 or (apart and chunks >= 3 * p))
-            columns = 1 << (B - 1).bit_length()
+        if B <= FEW:
+            parts, columns = parts_of_few(K, apart), 1 << (B - 1).bit_length()
             blocks = max(1, min(product.tiles(HEIGHT), 2 * multiprocessors(self.device) // parts))
-            sizes = {"COLUMNS": columns, "CHUNKS": -(-chunks // parts)}
+            sizes = {"COLUMNS": columns, "CHUNKS": chunks_of_few(K, parts)}
             self.launch("step_linear", sizes, (blocks, parts), product.struct(HEIGHT), B, parts)
             return y[:parts]
         height, wide, down, split, stages = (

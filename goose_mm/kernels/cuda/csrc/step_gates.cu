@@ -72,7 +72,8 @@ KERNEL(THREADS, 2) wkv7_step_gates(
   }
   // a warp works out every eighth row of the batch, a lane two channels of it
   const int two = 2 * lane, at = head * N + two;
-  const float2 w_bias = load_pair(w0 + at), a_bias = load_pair(a0 + at), v_bias = v2 ? load_pair(v0 + at) : float2{0, 0};
+  const float2 w_bias = load_pair(w0 + at), a_bias = load_pair(a0 + at);
+  const float2 v_bias = v2 ? load_pair(v0 + at) : float2{0, 0};
   const float2 keyed = load_pair(k_k + at), scaled = load_pair(k_a + at), bonus_weight = load_pair(r_k + at);
   wait_for_previous();
 

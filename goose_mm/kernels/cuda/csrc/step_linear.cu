@@ -1,15 +1,17 @@
 // Products of some matrices with very few columns: y[b, row] = sum over k of weight[row, k] x[b, k].
 //
-// Time goes into reading the weights, once: AHEAD chunks of them are on their way, the first before the kernel ahead has
-// ended. A tile is ROWS rows of a matrix; of every CHUNK columns each warp takes 64. A thread asks for the very numbers
+// Time goes into reading the weights, once: AHEAD chunks of them are on their way, the first before the kernel ahead
+// has ended. A tile is ROWS rows of a matrix; of every CHUNK columns each warp takes 64. A thread asks for the very numbers
 // that it will multiply: within 32 columns a lane has 8 neighbours, and the product takes them as if they lay where the
 // instruction wants them, since x is read in the same order. A row's sums do not depend on the other rows of x.
 // Options: IO (bf16, f16), COLUMNS (1 to 8) rows of x that a block takes, CHUNKS of a part of the columns at most.
 #include "matrices.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16, CHUNK = 64 * WARPS, AHEAD = 4;
-constexpr int BUFFERS = AHEAD / (CHUNKS > 1 ? CHUNKS - 1 : 1) + 2;  // matrices that may be on their way, each with its x
-constexpr int STRIDE = CHUNKS * CHUNK + 32;  // of x in shared memory: eight lanes that read 16 bytes each meet all banks once
+// matrices that may be on their way, each with its x
+constexpr int BUFFERS = AHEAD / (CHUNKS > 1 ? CHUNKS - 1 : 1) + 2;
+// of x in shared memory: eight lanes that read 16 bytes each meet all banks once
+constexpr int STRIDE = CHUNKS * CHUNK + 32;
 
 struct Shared {
   uint4 weights[AHEAD][2][2][THREADS];  // rows 0 and 8 further, columns 0 and 32 further
@@ -59,7 +61,8 @@ KERNEL(THREADS, 2) wkv7_step_linear(const Matrices matrices, i64 B, i64 parts) {
 #pragma unroll
       for (int block = 0; block < 2; block++) {
         bool valid = k < K && row + 8 * half < ahead.matrix.rows;
-        copy_async(&shared.weights[place][half][block][thread()], valid ? from + 8 * half * K + 32 * block : matrices.of[0].weight, valid);
+        copy_async(&shared.weights[place][half][block][thread()],
+                   valid ? from + 8 * half * K + 32 * block : matrices.of[0].weight, valid);
       }
   };
   auto fetch = [&](const Walk& walk, bool early) {  // its x, and wait for it unless it is early
@@ -84,7 +87,8 @@ KERNEL(THREADS, 2) wkv7_step_linear(const Matrices matrices, i64 B, i64 parts) {
     if (lane_k + now.chunk * CHUNK < K)
 #pragma unroll
       for (int block = 0; block < 2; block++) {
-        uint4 b = *(const uint4*)&shared.x[now.buffer][group < columns ? group : 0][now.chunk * CHUNK + warp * 64 + 32 * block + lane % 4 * 8];
+        const int k = now.chunk * CHUNK + warp * 64 + 32 * block + lane % 4 * 8;
+        const uint4 b = *(const uint4*)&shared.x[now.buffer][group < columns ? group : 0][k];
         const uint4 top = shared.weights[i][0][block][thread()], bottom = shared.weights[i][1][block][thread()];
         const u32 even[4] = {top.x, bottom.x, top.y, bottom.y}, odd[4] = {top.z, bottom.z, top.w, bottom.w};
         multiply_add(sums, even, b.x, b.y, IO());

@@ -1,7 +1,7 @@
 // Products of some matrices with a batch of columns: y[b, row] = sum over k of weight[row, k] x[b, k].
 //
-// A block takes HEIGHT rows of the matrix and WIDTH of the batch. Of STEP columns at a time, which wait in shared memory,
-// STAGES deep, each of SPLIT groups of warps takes 64, and their sums are added up at the end. Weights are asked for
+// A block takes HEIGHT rows of the matrix and WIDTH of the batch. Of STEP columns at a time, which wait in shared
+// memory, STAGES deep, each of SPLIT groups of warps takes 64, and their sums are added up at the end. Weights are asked for
 // before the kernel ahead has ended.
 // Options: IO (bf16, f16), HEIGHT, WIDTH, the warps of a group DOWN the rows and ACROSS the batch, SPLIT, STAGES.
 #include "matrices.cuh"
@@ -24,7 +24,8 @@ KERNEL(THREADS, THREADS > 256 ? 1 : 2) wkv7_step_product(const Matrices matrices
   Shared& shared = *(Shared*)shared_memory();
   const int lane = thread() % 32, warp = thread() / 32 % (DOWN * ACROSS), split = thread() / GROUP;
   const int across = warp / DOWN * (WIDTH / ACROSS), down = warp % DOWN * (HEIGHT / DOWN);
-  const int K = matrices.K, all = (K + STEP - 1) / STEP, part = block_y() % parts, first_row = block_y() / parts * WIDTH;
+  const int K = matrices.K, all = (K + STEP - 1) / STEP;
+  const int part = block_y() % parts, first_row = block_y() / parts * WIDTH;
   const int begin = part * all / parts, steps = (part + 1) * all / parts - begin;
   Matrix matrix;
   int tile;
@@ -81,7 +82,8 @@ KERNEL(THREADS, THREADS > 256 ? 1 : 2) wkv7_step_product(const Matrices matrices
 #pragma unroll
       for (int i = 0; i < MINE_WIDE; i++)
 #pragma unroll
-        for (int j = 0; j < MINE_HIGH; j++) multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], IO());
+        for (int j = 0; j < MINE_HIGH; j++)
+          multiply_add(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], IO());
     }
   }
   float* flat = &sums[0][0][0];
@@ -106,7 +108,8 @@ KERNEL(THREADS, THREADS > 256 ? 1 : 2) wkv7_step_product(const Matrices matrices
       if (b < wide)
 #pragma unroll
         for (int j = 0; j < MINE_HIGH; j++)
-          matrix.store(top + down + 8 * j + 2 * (lane % 4), first_row + b, sums[i][j][2 * half], sums[i][j][2 * half + 1], part * B);
+          matrix.store(top + down + 8 * j + 2 * (lane % 4), first_row + b, sums[i][j][2 * half],
+                       sums[i][j][2 * half + 1], part * B);
     }
 }
 

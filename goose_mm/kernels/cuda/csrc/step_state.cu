@@ -51,7 +51,8 @@ KERNEL(THREADS, 4) wkv7_step_state(
   auto given = [&](int which, int channel) { return load_four(made + which * B * C + at + channel); };
   const float4 kappa = given(KAPPA, key), removal = given(REMOVAL, key), w = given(DECAY, key), k = given(KEY, key);
   const float4 v = given(VALUE, value), r_ = load_four(r + at + key);
-  const float4 removed = sum_of_lanes({sum_of(S[0] * kappa), sum_of(S[1] * kappa), sum_of(S[2] * kappa), sum_of(S[3] * kappa)});
+  const float4 removed =
+      sum_of_lanes({sum_of(S[0] * kappa), sum_of(S[1] * kappa), sum_of(S[2] * kappa), sum_of(S[3] * kappa)});
   const float removals[4] = {removed.x, removed.y, removed.z, removed.w}, values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -67,7 +68,8 @@ KERNEL(THREADS, 4) wkv7_step_state(
   float2 found = load_pair(&shared.y[two]);
   const float mean = sum_of_warp(found.x + found.y) / N;
   found = {found.x - mean, found.y - mean};
-  const float scale = 1 / sqrtf(sum_of_warp(found.x * found.x + found.y * found.y) / N + NORM_EPS), read = bonus[row * HEADS + head];
+  const float scale = 1 / sqrtf(sum_of_warp(found.x * found.x + found.y * found.y) / N + NORM_EPS);
+  const float read = bonus[row * HEADS + head];
   const float2 weight = load_pair(norm_weight + head * N + two), bias = load_pair(norm_bias + head * N + two);
   const float2 own = load_pair(made + VALUE * B * C + at + two), gate = load_pair(made + GATE * B * C + at + two);
   store_pair(out + at + two, (found.x * scale * weight.x + bias.x + read * own.x) * gate.x,
